@@ -1,0 +1,1 @@
+"""The words that layers share: batches, errors and run events. Nothing here computes."""
