@@ -17,7 +17,7 @@ _TOKENS = re.compile(r"^\s*(\d[\d_]*)\s*tokens\s*$")
 def _check_token_count(value: str) -> str:
     match = _TOKENS.match(value)
     if match is None or int(match.group(1)) < 1:
-        raise ValueError("write a number of rows such as 16, or of tokens such as '32768 tokens'")
+        raise ValueError("a number of tokens such as '32768 tokens'")
     return value
 
 

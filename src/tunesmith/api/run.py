@@ -1,0 +1,32 @@
+"""`tunesmith.train`: the Python door to what `tunesmith train` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config.execute import RunResult, execute
+from tunesmith.config.load import load_settings
+
+
+def train(
+    run: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), quiet: bool = False
+) -> RunResult:
+    """Fine-tune as a run file says.
+
+    Args:
+        run: a YAML file, or the same structure as a dict.
+        overrides: `section.key=value` on top of it.
+        quiet: print nothing.
+
+    Returns:
+        Where the result lies, and the held-out loss before and after.
+
+    Raises:
+        tunesmith.UserError: anything that you can mend, in one sentence; `ConfigError` lists every problem
+            of the settings.
+    """
+    from rich.console import Console
+
+    return execute(load_settings(run, overrides), Console(quiet=quiet))

@@ -1,0 +1,1 @@
+"""The `tunesmith` command: one file a command. Prints; decides nothing."""

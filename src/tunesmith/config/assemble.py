@@ -1,0 +1,217 @@
+"""The only place that builds the graph of objects: from settings to a `Run` that is ready to train."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from tunesmith.config.prepare_data import PreparedData, Progress, batch_plan, prepare_data
+from tunesmith.contracts.errors import UserError
+from tunesmith.distributed.single import SingleDevice
+from tunesmith.models.adapter import add_lora, load_lora, train_all
+from tunesmith.models.attention import choose_attention, packed_attention
+from tunesmith.models.head import CausalModel, check_head
+from tunesmith.models.loader import choose_device, choose_dtype, load_model, load_tokenizer
+from tunesmith.models.probe import saved_bytes_per_token
+from tunesmith.objectives.table import OBJECTIVES
+from tunesmith.planning.fit import Fit, fit_micro_batch
+from tunesmith.settings.run import RunSettings
+from tunesmith.training.checkpoint import CheckpointStore
+from tunesmith.training.optim import Schedule, build_optimizer
+from tunesmith.training.step import ObjectiveLoss
+from tunesmith.training.trainer import Cadence, MicroBatching, Trainer, count_steps, exact_cuda_algorithms
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything of a run, built and not yet started.
+
+    Attributes:
+        causal: the model as backbone and head.
+        attention: the row of `models.attention.ATTENTION` in use.
+        fit: what a micro-batch holds, and whether layers are recomputed.
+    """
+
+    settings: RunSettings
+    tokenizer: Any
+    data: PreparedData
+    causal: CausalModel
+    attention: str
+    backend: SingleDevice
+    fit: Fit
+    trainer: Trainer
+    store: CheckpointStore
+
+    def packed(self) -> AbstractContextManager[None]:
+        """The context in which the model attends over packed rows."""
+        return packed_attention(self.causal.base, self.attention)
+
+
+def refuse_several_processes() -> None:
+    """Training runs in one process; started under a launcher it would train the same thing several times.
+
+    Raises:
+        UserError: a launcher started more than one process.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1") or "1")
+    if size > 1:
+        raise UserError(
+            f"This run was launched with {size} processes, and this version trains on one device.",
+            hint="Start it with `tunesmith train` alone.",
+        )
+
+
+def _load(settings: RunSettings, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model with what is trained on it."""
+    model_settings, adapter = settings.model, settings.adapter
+    model = load_model(
+        model_settings.name,
+        device=device,
+        dtype=dtype,
+        quantize=model_settings.quantize,
+        revision=model_settings.revision,
+        trust_remote_code=model_settings.trust_remote_code,
+    )
+    if adapter.kind == "none":
+        return train_all(model, model_settings.freeze)
+    if adapter.path is not None:
+        return load_lora(model, adapter.path)
+    return add_lora(
+        model,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        targets=adapter.targets,
+        seed=settings.train.seed,
+    )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
+
+
+def _fit(settings: RunSettings, causal: CausalModel, backend: SingleDevice, data: PreparedData) -> Fit:
+    """Measure what a token keeps, choose between keeping and recomputing, and switch recomputation on."""
+    trained = sum(p.numel() for p in causal.model.parameters() if p.requires_grad)
+    optimizer_and_gradients = trained * 12  # float32 gradient and two moments
+    longest = int(data.corpus.lengths.max())
+    fit = fit_micro_batch(
+        policy=settings.memory.policy,
+        device=backend.device.type,
+        free_bytes=_free_bytes(backend.device) - optimizer_and_gradients,
+        kept_per_token=saved_bytes_per_token(causal, backend.autocast()),
+        input_per_token=causal.config.hidden_size * 4,
+        layers=causal.config.num_hidden_layers,
+        row_tokens=settings.train.sequence_length if settings.train.packing else longest,
+    )
+    if fit.recompute:
+        causal.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return fit
+
+
+def _identity(settings: RunSettings, data: PreparedData) -> dict[str, Any]:
+    """What must stay the same when a run goes on, or its place in the data would mean something else."""
+    digest = hashlib.sha256(data.renderer.fingerprint().encode())
+    digest.update(data.corpus.lengths.tobytes())
+    digest.update(data.train_N.tobytes())
+    train = settings.train
+    return {
+        "model.name": settings.model.name,
+        "model.quantize": settings.model.quantize,
+        "adapter.kind": settings.adapter.kind,
+        "adapter.rank": settings.adapter.rank,
+        "adapter.targets": settings.adapter.model_dump(mode="json")["targets"],
+        "objective.kind": settings.objective.kind,
+        "train.sequence_length": train.sequence_length,
+        "train.packing": train.packing,
+        "train.global_batch": train.global_batch,
+        "train.optimizer": train.optimizer,
+        "train.seed": train.seed,
+        "the data": digest.hexdigest()[:16],
+    }
+
+
+def _check_space(settings: RunSettings, store: CheckpointStore, causal: CausalModel, total_steps: int) -> None:
+    """Foresee a full disk: parameters and two moments per checkpoint, those that are kept and one in the making."""
+    trained = sum(p.numel() * p.element_size() for p in causal.model.parameters() if p.requires_grad)
+    saves = 1 + (total_steps // settings.output.save_every if settings.output.save_every else 0)
+    store.ensure_space(trained * 3 * min(saves, settings.output.keep + 2))
+
+
+def _cadence(settings: RunSettings, total_steps: int) -> Cadence:
+    train, output = settings.train, settings.output
+    return Cadence(
+        total_steps=total_steps,
+        save_every=output.save_every,
+        eval_every=output.eval_every,
+        max_seconds=train.max_hours * 3600 if train.max_hours else None,
+        max_grad_norm=train.max_grad_norm,
+        on_non_finite=train.on_non_finite,
+    )
+
+
+def _model_and_backend(settings: RunSettings, device: torch.device) -> tuple[CausalModel, SingleDevice]:
+    train = settings.train
+    dtype = choose_dtype(settings.model.dtype, device)
+    model = _load(settings, device, dtype)
+    causal = CausalModel(model, dtype)
+    check_head(causal)
+    optimizer = build_optimizer(
+        train.optimizer, model, learning_rate=train.learning_rate, weight_decay=train.weight_decay, betas=train.betas
+    )
+    return causal, SingleDevice(model, optimizer, device, dtype)
+
+
+def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = None) -> Run:
+    """Build everything, cheapest checks first; nothing is trained and no checkpoint is loaded.
+
+    Raises:
+        UserError: anything that the user can mend: data, model, disk, device.
+    """
+    refuse_several_processes()
+    train = settings.train
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        exact_cuda_algorithms()
+    device = choose_device()
+    attention = choose_attention(settings.model.attention, device, choose_dtype(settings.model.dtype, device))
+    tokenizer = load_tokenizer(
+        settings.model.name,
+        revision=settings.model.revision,
+        trust_remote_code=settings.model.trust_remote_code,
+    )
+    data = prepare_data(settings, tokenizer, progress)
+    plan = batch_plan(settings)
+    total_steps = train.steps or count_steps(data.corpus, data.train_N, plan, train.epochs)
+    causal, backend = _model_and_backend(settings, device)
+    store = CheckpointStore(run_dir / "checkpoints", keep=settings.output.keep)
+    _check_space(settings, store, causal, total_steps)
+    with packed_attention(causal.base, attention):
+        fit = _fit(settings, causal, backend, data)
+    trainer = Trainer(
+        backend=backend,
+        loss=ObjectiveLoss(causal, OBJECTIVES[settings.objective.kind]),
+        corpus=data.corpus,
+        train_N=data.train_N,
+        held_out_N=data.held_out_N,
+        plan=plan,
+        grouping=MicroBatching(train.micro_batch if isinstance(train.micro_batch, int) else None, fit.tokens),
+        schedule=Schedule(
+            train.scheduler, learning_rate=train.learning_rate, warmup=train.warmup, total_steps=total_steps
+        ),
+        cadence=_cadence(settings, total_steps),
+        store=store,
+        identity=_identity(settings, data),
+        run_dir=run_dir,
+    )
+    return Run(settings, tokenizer, data, causal, attention, backend, fit, trainer, store)

@@ -1,0 +1,1 @@
+"""The demo's run file and data, shipped inside the package."""

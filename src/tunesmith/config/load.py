@@ -1,0 +1,220 @@
+"""From a YAML file (or a dict) and overrides to `RunSettings`, or to every problem at once.
+
+Nothing is started before the whole configuration is right. Each problem says where it stands, what stood there,
+what was expected and the nearest thing that would have been right. Torch-free.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from tunesmith.config.rules import broken_rules
+from tunesmith.config.yaml_source import Document, KeyPath, parse_scalar, parse_yaml
+from tunesmith.contracts.errors import ConfigError, Problem, UserError
+from tunesmith.settings.run import RunSettings
+
+_EXPECTED = {
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_type": "expected a number",
+    "string_type": "expected text",
+    "bool_type": "expected true or false",
+    "tuple_type": "expected a list",
+    "dict_type": "expected names and values",
+    "model_type": "expected a section of settings",
+    "model_attributes_type": "expected a section of settings",
+    "greater_than": "expected a number above {gt}",
+    "greater_than_equal": "expected a number of at least {ge}",
+    "less_than": "expected a number below {lt}",
+    "less_than_equal": "expected a number of at most {le}",
+    "too_short": "expected at least {min_length} entry",
+    "string_too_short": "expected some text",
+    "literal_error": "expected {expected}",
+}
+
+
+def _read(path: Path) -> Document:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        folder = path.parent if path.parent.is_dir() else Path()
+        near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.y*ml")], n=1)
+        raise UserError(
+            f"There is no file {path}.", hint=f"Did you mean {folder / near[0]}?" if near else None
+        ) from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder.", hint="Give the YAML file of a run.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not valid UTF-8 (byte {error.start}).") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    return parse_yaml(text, str(path))
+
+
+def _apply_override(document: Document, override: str) -> None:
+    name, equals, text = override.partition("=")
+    where = f"override {override!r}"
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", name):
+        document.problems.append(Problem(where, "not an override", "expected section.key=value"))
+        return
+    path: KeyPath = tuple(int(part) if part.isdigit() else part for part in name.split("."))
+    target = document.data
+    for depth, part in enumerate(path[:-1]):
+        if isinstance(target, dict) and isinstance(part, str):
+            child = target.setdefault(part, {})
+            if child is None:
+                child = target[part] = {}
+            target = child
+        elif isinstance(target, list) and isinstance(part, int) and part < len(target):
+            target = target[part]
+        else:
+            stem = ".".join(map(str, path[: depth + 1]))
+            document.problems.append(Problem(where, f"there is no {stem}", "expected a section of the file"))
+            return
+    last = path[-1]
+    fits = isinstance(target, dict) or (isinstance(target, list) and isinstance(last, int) and last < len(target))
+    if not fits:
+        document.problems.append(Problem(where, f"there is no {name}", "expected a setting of the file"))
+        return
+    target[last] = parse_scalar(text)
+    document.places[path] = where
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The settings sections that an annotation allows, through unions, lists and Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections(argument)]
+
+
+def _section_at(path: KeyPath) -> type[BaseModel]:
+    section: type[BaseModel] = RunSettings
+    for part, following in zip(path, [*path[1:], None][: len(path)], strict=True):
+        field = section.model_fields.get(part) if isinstance(part, str) else None
+        found = _sections(field.annotation) if field else []
+        if found:  # `data.eval` is a section or a list of sections, in this order
+            section = found[-1] if isinstance(following, int) else found[0]
+    return section
+
+
+def _data_path(location: Sequence[str | int], data: Any) -> KeyPath:
+    """Pydantic's location without the names of union members: the path in the file."""
+    path: list[str | int] = []
+    for index, part in enumerate(location):
+        is_last = index == len(location) - 1
+        if isinstance(data, dict) and isinstance(part, str) and (part in data or is_last):
+            path.append(part)
+            data = data.get(part)
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            path.append(part)
+            data = data[part]
+    return tuple(path)
+
+
+def _names_other_member(location: Sequence[str | int], data: Any) -> bool:
+    """Whether an error comes from a union member of another shape: a section where a list stands, or the reverse."""
+    for index, part in enumerate(location):
+        if isinstance(data, dict) and part in data:
+            data = data[part]
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        elif isinstance(part, str) and index < len(location) - 1 or location[-1] == part:
+            text = str(part)
+            if isinstance(data, dict) and text.startswith("tuple["):
+                return True
+            if isinstance(data, list) and text.endswith("Settings"):
+                return True
+    return False
+
+
+def _problem(document: Document, path: KeyPath, errors: list[ErrorDetails]) -> Problem:
+    """One problem for all errors that validation found at one place."""
+    name = ".".join(map(str, path))
+    error = errors[0]
+    kind, value = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        known = list(_section_at(path[:-1]).model_fields)
+        near = difflib.get_close_matches(str(path[-1]), known, n=1)
+        return Problem(
+            document.place(path),
+            f"unknown setting {name}",
+            f"expected one of {', '.join(known)}",
+            f"did you mean {near[0]}?" if near else None,
+        )
+    if kind == "missing":
+        return Problem(document.place(path), f"{name} is missing", "this setting has no default")
+    expected = []
+    for each in errors:
+        context = each.get("ctx", {})
+        text = _EXPECTED.get(each["type"])
+        message = text.format(**context) if text else each["msg"].removeprefix("Value error, ")
+        if message not in expected:
+            expected.append(message)
+    allowed = [w.strip("'") for e in errors for w in re.findall(r"'[^']*'", e.get("ctx", {}).get("expected", ""))]
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    shown = repr(value) if len(repr(value)) < 80 else repr(value)[:77] + "..."
+    return Problem(
+        document.place(path),
+        f"{name} is {shown}",
+        " or ".join(m if i == 0 else m.removeprefix("expected ") for i, m in enumerate(expected)),
+        f"did you mean {near[0]!r}?" if near else None,
+    )
+
+
+def _validation_problems(error: ValidationError, document: Document) -> list[Problem]:
+    by_path: dict[KeyPath, list[ErrorDetails]] = {}
+    for each in error.errors():
+        if not _names_other_member(each["loc"], document.data):
+            by_path.setdefault(_data_path(each["loc"], document.data), []).append(each)
+    shadowed = {path for path in by_path if any(other[: len(path)] == path and other != path for other in by_path)}
+    return [_problem(document, path, errors) for path, errors in by_path.items() if path not in shadowed]
+
+
+def load_settings(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunSettings:
+    """Read, check and freeze the settings of a run.
+
+    Args:
+        source: a YAML file, or the same structure as a dict.
+        overrides: `section.key=value`, applied in order on top of the file; lists by number
+            (`data.train.0.path=rows.jsonl`).
+
+    Raises:
+        UserError: the file cannot be read.
+        ConfigError: with every problem that was found.
+    """
+    if isinstance(source, Mapping):
+        document = Document(data=_plain(source))
+    else:
+        document = _read(Path(source))
+        if document.data is None and not document.problems:
+            raise UserError(f"{source} is empty.", hint="It needs at least model.name and data.train.")
+    if document.problems:
+        raise ConfigError(document.problems)
+    if not isinstance(document.data, dict):
+        raise ConfigError([Problem(document.place(()), "no sections", "expected model:, data: and so on")])
+    for override in overrides:
+        _apply_override(document, override)
+    try:
+        settings = RunSettings.model_validate(document.data)
+    except ValidationError as error:
+        raise ConfigError(document.problems + _validation_problems(error, document)) from None
+    broken = [Problem(document.place(path), found, expected) for path, found, expected in broken_rules(settings)]
+    if document.problems or broken:
+        raise ConfigError(document.problems + broken)
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    """A copy of nested mappings and sequences as dicts and lists, with paths as text."""
+    if isinstance(value, Mapping):
+        return {key: _plain(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(child) for child in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,64 @@
+"""Rules between settings: each valid alone, not together. One row a rule; all are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tunesmith.settings.run import ParallelSettings, RunSettings
+
+Broken = tuple[tuple[str | int, ...], str, str]
+"""Path of the setting, what stood there, what was expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`path` is wrong where `broken` is true."""
+
+    path: tuple[str, ...]
+    broken: Callable[[RunSettings], bool]
+    found: str
+    expected: str
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        ("adapter", "kind"),
+        lambda s: s.adapter.kind == "none" and s.model.quantize != "none",
+        "adapter.kind is none, and model.quantize is nf4",
+        "weights in 4 bits cannot be trained themselves: use adapter.kind: lora, or model.quantize: none",
+    ),
+    Rule(
+        ("model", "freeze"),
+        lambda s: bool(s.model.freeze) and s.adapter.kind != "none",
+        "model.freeze beside an adapter",
+        "an adapter already freezes the model: remove it, or train the model itself with adapter.kind: none",
+    ),
+    Rule(
+        ("adapter", "path"),
+        lambda s: s.adapter.path is not None and s.adapter.kind == "none",
+        "adapter.path with adapter.kind: none",
+        "to continue from an adapter set adapter.kind: lora",
+    ),
+    Rule(
+        ("train", "micro_batch"),
+        lambda s: isinstance(s.train.micro_batch, int)
+        and isinstance(s.train.global_batch, int)
+        and s.train.micro_batch > s.train.global_batch,
+        "train.micro_batch is larger than train.global_batch",
+        "a micro-batch is a part of the global batch: lower it, or leave it at auto",
+    ),
+)
+
+_AXES = tuple(name for name in ParallelSettings.model_fields if name != "engine")
+
+
+def broken_rules(settings: RunSettings) -> Iterator[Broken]:
+    """Everything that is wrong between the settings."""
+    for rule in RULES:
+        if rule.broken(settings):
+            yield rule.path, rule.found, rule.expected
+    for axis in _AXES:
+        size = getattr(settings.parallel, axis)
+        if size > 1:
+            yield ("parallel", axis), f"parallel.{axis} is {size}", "this version trains on one device, so it must be 1"

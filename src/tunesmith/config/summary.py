@@ -1,0 +1,136 @@
+"""What a run says before it starts and after it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tunesmith.data.packing import pack_best_fit, packing_efficiency
+
+if TYPE_CHECKING:
+    from tunesmith.config.assemble import Run
+    from tunesmith.config.execute import RunResult
+
+
+def _grid() -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    return grid
+
+
+def _parameters(count: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
+
+
+def _model_line(run: Run) -> str:
+    settings = run.settings
+    parameters = list(run.causal.model.named_parameters())
+    trained = sum(p.numel() for _, p in parameters if p.requires_grad)
+    everything = run.causal.base.num_parameters()
+    held = "4-bit NF4" if settings.model.quantize == "nf4" else str(run.causal.compute_dtype).removeprefix("torch.")
+    what = f"LoRA rank {settings.adapter.rank}" if settings.adapter.kind == "lora" else "all parameters"
+    if settings.adapter.path:
+        what = f"the adapter {settings.adapter.path}"
+    return (
+        f"{settings.model.name}: {_parameters(everything)} parameters in {held} on {run.backend.device}; "
+        f"{what}, {_parameters(trained)} trained ({trained / everything:.1%})"
+    )
+
+
+def data_lines(run: Run) -> list[str]:
+    """One line per source, and one per reason for which rows were dropped."""
+    lines = []
+    training = len(run.settings.data.train)
+    for number, (name, report) in enumerate(run.data.reports):
+        kind = "" if number < training else " (held out)"
+        dropped = "".join(f", {count:,} dropped: {reason}" for reason, count in report.dropped.items())
+        cut = f", {report.truncated:,} cut at {run.settings.train.sequence_length}" if report.truncated else ""
+        lines.append(f"{name}{kind}: {report.rows_kept:,} rows as {report.format}{cut}{dropped}")
+        lines += [f"  {example}" for example in report.examples[:3]]
+    return lines
+
+
+def _plan_lines(run: Run) -> list[str]:
+    settings, corpus = run.settings, run.data.corpus
+    lengths_N = corpus.lengths[run.data.train_N]
+    unit = "rows"
+    if settings.train.packing:
+        packs = pack_best_fit(lengths_N, settings.train.sequence_length)
+        full = packing_efficiency(lengths_N, packs, settings.train.sequence_length)
+        unit = f"packs of up to {settings.train.sequence_length:,} tokens ({full:.1%} full)"
+        count = len(packs)
+    else:
+        count = len(lengths_N)
+    batch = settings.train.global_batch
+    kept = "layers recomputed in backward" if run.fit.recompute else "activations kept"
+    grouping = run.trainer.grouping
+    micro = f"{grouping.rows_per_batch} rows" if grouping.rows_per_batch else f"up to {grouping.max_tokens:,} tokens"
+    return [
+        f"{len(lengths_N):,} rows, {int(lengths_N.sum()):,} tokens → {count:,} {unit}; "
+        f"{len(run.data.held_out_N):,} rows held out",
+        f"{run.trainer.cadence.total_steps:,} steps of {batch}{' rows' if isinstance(batch, int) else ''}; "
+        f"micro-batches of {micro}, {kept}; {run.attention} attention",
+    ]
+
+
+def print_plan(console: Console, run: Run) -> None:
+    """Say what will be trained, on what, and how."""
+    grid = _grid()
+    grid.add_row("model", escape(_model_line(run)))
+    grid.add_row("data", escape("\n".join(data_lines(run))))
+    for note in sorted({note for _, report in run.data.reports for note in report.notes}):
+        grid.add_row("", escape(note))
+    grid.add_row("plan", escape("\n".join(_plan_lines(run))))
+    grid.add_row("output", escape(str(run.settings.output.dir)))
+    console.print(grid, highlight=False)
+
+
+def print_answers(console: Console, questions: Sequence[str], before: Sequence[str], after: Sequence[str]) -> None:
+    """Show sample answers before and after training."""
+    for question, old, new in zip(questions, before, after, strict=True):
+        grid = _grid()
+        grid.add_row("question", escape(question))
+        grid.add_row("before", f"[dim]{escape(old)}[/]")
+        grid.add_row("after", f"[green]{escape(new)}[/]")
+        console.print()
+        console.print(grid, highlight=False)
+
+
+def print_result(console: Console, result: RunResult) -> None:
+    """Say how it went and where everything lies."""
+    console.print()
+    grid = _grid()
+    if result.first_eval is not None and result.last_eval is not None:
+        change = result.last_eval / result.first_eval - 1
+        if np.isfinite(change):
+            grid.add_row("held-out loss", f"{result.first_eval:.4f} → [bold]{result.last_eval:.4f}[/] ({change:+.1%})")
+    if result.tokens:
+        speed = result.tokens / result.seconds
+        grid.add_row(
+            "training",
+            f"{result.steps} steps, {result.tokens:,} tokens in {timedelta(seconds=round(result.seconds))} "
+            f"({speed:,.0f} tokens/s with evaluation and saving)",
+        )
+    if result.result is not None:
+        grid.add_row(result.result.name, escape(str(result.result)))
+    if result.loss_curve is not None:
+        grid.add_row("loss curve", escape(str(result.loss_curve)))
+    console.print(grid, highlight=False, soft_wrap=True)
+    if result.loss_curve is None:
+        console.print("For a loss curve install matplotlib: pip install 'tunesmith[plot]'", style="dim", markup=False)
+    if result.reason == "interrupted":
+        console.print(
+            f"Stopped after step {result.steps} and saved. The same command goes on from there.", style="yellow"
+        )
+    if result.reason == "time":
+        console.print("train.max_hours is over. Raise it and run the same command to go on.", style="yellow")

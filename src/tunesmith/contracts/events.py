@@ -1,0 +1,101 @@
+"""What a run says while it runs: one small record per happening, written to `events.jsonl` and shown by the CLI.
+
+Torch-free, so that whatever watches a run needs no training stack.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """The base of every event; `step` is the number of optimizer steps that are complete."""
+
+    kind: ClassVar[str]
+    step: int
+
+    def record(self) -> dict[str, Any]:
+        """The event as a JSON object with its kind first."""
+        return {"event": self.kind, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started(Event):
+    """Training begins, or goes on from a checkpoint."""
+
+    kind: ClassVar[str] = "start"
+    total_steps: int
+    resumed: bool
+    trained_parameters: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stepped(Event):
+    """An optimizer step is complete.
+
+    `loss` is the mean over the step's supervised tokens, `seconds` the wall time since the last step,
+    `memory_gib` the peak of the device's allocated memory (of the process on CPU), `applied` False where
+    the step was skipped.
+    """
+
+    kind: ClassVar[str] = "step"
+    epoch: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    supervised_tokens: int
+    tokens_per_second: float
+    supervised_tokens_per_second: float
+    seconds: float
+    memory_gib: float
+    loss_scale: float
+    applied: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated(Event):
+    """The held-out loss was measured."""
+
+    kind: ClassVar[str] = "eval"
+    loss: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved(Event):
+    """A checkpoint was written."""
+
+    kind: ClassVar[str] = "checkpoint"
+    path: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warned(Event):
+    """Something that a person should know; the run goes on."""
+
+    kind: ClassVar[str] = "warning"
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished(Event):
+    """Training is over: `reason` is complete, time, interrupted or non-finite."""
+
+    kind: ClassVar[str] = "end"
+    reason: str
+    seconds: float
+
+
+class Observer(Protocol):
+    """Receives every event of a run, in order."""
+
+    def on_event(self, event: Event) -> None:
+        """Called from the training loop; must not raise."""
+        ...

@@ -1,0 +1,216 @@
+"""From a source to its token table: read, convert, render, tokenise, and account for every row.
+
+Nothing is lost in silence: a row trains, or it is counted under a reason, and the first of each reason are
+named with their place. What the settings refuse ends the run, after the whole source was read, so that one
+message can say how many rows are concerned. Rows go through in batches, because the tokenizer works on many
+texts at once; memory stays the same for every size of source.
+
+Rejected: `datasets.map`. It caches by pickling code, so a changed comment retokenises and a changed template
+may not, and a function applied to rows cannot drop one of them and say why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Literal
+
+from tunesmith.contracts.errors import DataError
+from tunesmith.data.cache import content_key, obtain
+from tunesmith.data.chat import RowProblem
+from tunesmith.data.formats import Format, convert, resolve_format
+from tunesmith.data.render import Encoded, Rendered, Renderer
+from tunesmith.data.sources import Row, Source
+from tunesmith.data.table import DataReport, TableWriter, TokenTable
+
+VERSION = 1
+"""Raise it when reading or accounting changes: it invalidates every cached table."""
+
+_BATCH = 512
+_SAMPLE = 64
+_EXAMPLES, _EXAMPLES_PER_REASON = 20, 5
+_UNREADABLE, _UNTRAINABLE, _TOO_LONG, _CUT = "unreadable", "nothing to train on", "too long", "truncated"
+
+Overlong = Literal["drop", "truncate", "error"]
+Malformed = Literal["drop", "error"]
+
+
+def default_cache_dir() -> Path:
+    """`$TUNESMITH_CACHE/tokens`, or `~/.cache/tunesmith/tokens`."""
+    root = os.environ.get("TUNESMITH_CACHE")
+    return (Path(root).expanduser() if root else Path.home() / ".cache" / "tunesmith") / "tokens"
+
+
+def tokenize_source(
+    source: Source,
+    *,
+    format: str = "auto",  # noqa: A002 the name of the setting
+    columns: Mapping[str, str] | None = None,
+    renderer: Renderer,
+    sequence_length: int,
+    overlong: Overlong = "truncate",
+    malformed: Malformed = "drop",
+    cache_dir: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> TokenTable:
+    """The tokens of all rows of a source that train, from the cache where they are there.
+
+    Args:
+        source: where the rows come from.
+        format: a key of `FORMATS`, or `auto`.
+        columns: renames, the format's own name of a column to its name in the data.
+        renderer: makes text, tokens and mask of a row.
+        sequence_length: most tokens a row may have.
+        overlong: what becomes of longer rows.
+        malformed: what becomes of rows that cannot be read or would train nothing.
+        cache_dir: where the table is kept; `default_cache_dir()` where it is not given.
+        progress: called with the number of rows done, after every batch.
+
+    Raises:
+        DataError: where the source or its format cannot be understood, rows are refused by `overlong` or
+            `malformed`, or no row remains.
+        StorageError: where the disk is full.
+    """
+    columns = dict(columns or {})
+    key = content_key(
+        {
+            "version": VERSION,
+            "source": source.fingerprint(),
+            "label": source.label,
+            "selection": source.selection,
+            "format": format,
+            "columns": columns,
+            "renderer": renderer.fingerprint(),
+            "sequence_length": sequence_length,
+            "overlong": overlong,
+            "malformed": malformed,
+        }
+    )
+
+    def build(folder: Path) -> None:
+        run = _Run(renderer, sequence_length, cut=overlong == "truncate")
+        with TableWriter(folder) as writer:
+            run.tokenize(source, format, columns, writer, progress)
+            _refuse(run.report, source.label, overlong, malformed)
+            writer.finish(run.report)
+
+    return obtain(cache_dir or default_cache_dir(), key, build, TokenTable)
+
+
+@dataclass
+class _Run:
+    """One pass over a source."""
+
+    renderer: Renderer
+    sequence_length: int
+    cut: bool
+    report: DataReport = field(default_factory=DataReport)
+    named: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def tokenize(
+        self,
+        source: Source,
+        format_name: str,
+        columns: Mapping[str, str],
+        writer: TableWriter,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        rows, found = _find_format(source, format_name, columns)
+        self.report.format = found.name
+        while batch := list(islice(rows, _BATCH)):
+            rendered = [
+                (row, text) for row in batch if (text := self._render(row, found, columns)) is not None
+            ]
+            encoded = self.renderer.encode([text for _, text in rendered])
+            for (row, text), tokens in zip(rendered, encoded, strict=True):
+                self._keep(row, text, tokens, writer)
+            self.report.rows_in += len(batch)
+            if progress is not None:
+                progress(self.report.rows_in)
+        self.report.notes = [f"{note} ({count} rows)" for note, count in self.notes.items()]
+
+    def _render(self, row: Row, found: Format, columns: Mapping[str, str]) -> Rendered | None:
+        if row.record is None:
+            self._drop(row, _UNREADABLE, row.problem or "")
+            return None
+        try:
+            return self.renderer.render(convert(found, row.record, columns))
+        except RowProblem as problem:
+            self._drop(row, problem.reason, problem.detail)
+            return None
+
+    def _keep(self, row: Row, text: Rendered, tokens: Encoded, writer: TableWriter) -> None:
+        length = len(tokens.ids)
+        too_long = length > self.sequence_length
+        if too_long and not self.cut:
+            self._drop(row, _TOO_LONG, f"{length} tokens, the longest row may have {self.sequence_length}")
+            return
+        ids, trained = tokens.ids[: self.sequence_length], tokens.trained[: self.sequence_length]
+        if not trained.any():
+            self._drop(row, _UNTRAINABLE, f"within {self.sequence_length} tokens" if too_long else "")
+            return
+        if too_long:
+            self.report.truncated += 1
+            self._name(row, _CUT, f"{length} tokens cut to {self.sequence_length}")
+        writer.add(ids, trained, row.index, row.where)
+        self.report.rows_kept += 1
+        self.report.tokens += len(ids)
+        self.report.trained_tokens += int(trained.sum())
+        self.notes.update(text.notes)
+
+    def _drop(self, row: Row, reason: str, detail: str) -> None:
+        self.report.dropped[reason] = self.report.dropped.get(reason, 0) + 1
+        self._name(row, reason, detail)
+
+    def _name(self, row: Row, reason: str, detail: str) -> None:
+        self.named[reason] += 1
+        if self.named[reason] <= _EXAMPLES_PER_REASON and len(self.report.examples) < _EXAMPLES:
+            self.report.examples.append(f"{row.where}: {reason}" + (f" ({detail})" if detail else ""))
+
+
+def _find_format(source: Source, name: str, columns: Mapping[str, str]) -> tuple[Iterator[Row], Format]:
+    """All rows of the source, and their format by the columns of the first ones together."""
+    rows = source.rows()
+    head: list[Row] = []
+    sample: dict[str, object] = {}
+    for row in rows:
+        head.append(row)
+        sample = {**(row.record or {}), **sample}
+        if len(head) >= _SAMPLE and sample:
+            break
+    if not sample:
+        raise DataError(
+            f"No row of {source.label} can be read; {head[0].where}: {head[0].problem or 'no columns'}.",
+            hint="Check that the file is of the kind that its suffix says.",
+        )
+    return chain(head, rows), resolve_format(name, columns, sample)
+
+
+def _refuse(report: DataReport, label: str, overlong: Overlong, malformed: Malformed) -> None:
+    """Raise where the settings do not accept what was dropped, or nothing is left."""
+    too_long = report.dropped.get(_TOO_LONG, 0)
+    if overlong == "error" and too_long:
+        raise _refusal(report, label, [_TOO_LONG], "Raise train.sequence_length, or set data.overlong.")
+    broken = [reason for reason in report.dropped if reason != _TOO_LONG]
+    if malformed == "error" and broken:
+        raise _refusal(report, label, broken, "Mend these rows, or set data.malformed to drop.")
+    if report.rows_kept == 0:
+        hint = "data check shows each row's problem; set format and columns if the rows are read wrongly."
+        raise _refusal(report, label, list(report.dropped), hint, none_left=True)
+
+
+def _refusal(
+    report: DataReport, label: str, reasons: list[str], hint: str, *, none_left: bool = False
+) -> DataError:
+    counts = ", ".join(f"{reason} {report.dropped[reason]}" for reason in reasons)
+    total = sum(report.dropped[reason] for reason in reasons)
+    what = "No row" if none_left else f"{total} of the {report.rows_in} rows"
+    verdict = f"of {label} can train" if none_left else f"of {label} are refused"
+    named = [line for line in report.examples if any(f": {reason}" in line for reason in reasons)]
+    lines = "".join(f"\n  {line}" for line in named[:_EXAMPLES_PER_REASON])
+    return DataError(f"{what} {verdict}: {counts}.{lines}", hint=hint)

@@ -1,0 +1,85 @@
+"""The seam to every engine: what a training step needs from the way a model is laid out over devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from tunesmith.contracts.batch import TokenBatch
+
+
+class Loss(Protocol):
+    """An objective as the backend sees it: a denominator per batch, then a loss."""
+
+    def count(self, batch: TokenBatch) -> float:
+        """Denominator that a batch contributes, computed on the CPU."""
+        ...
+
+    def __call__(self, batch: TokenBatch, total: float) -> Tensor:
+        """Scalar loss of a batch on the device, divided by the step's denominator `total`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """What accumulated in one `forward_backward`.
+
+    Attributes:
+        losses: one detached scalar per micro-batch; their sum is the loss of the step.
+        total: the step's denominator over all micro-batches and ranks.
+    """
+
+    losses: tuple[Tensor, ...]
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What became of an optimizer step.
+
+    Attributes:
+        grad_norm: global norm of the gradients before clipping; not finite where they overflowed.
+        applied: whether parameters changed.
+        loss_scale: the float16 scaler's factor (1.0 without one).
+        overflowed: the scaler skipped the step and lowered its factor, which is part of its normal work.
+    """
+
+    grad_norm: float
+    applied: bool
+    loss_scale: float
+    overflowed: bool
+
+
+class Backend(Protocol):
+    """How one optimizer step runs on the devices of a run."""
+
+    def forward_backward(self, micro_batches: Sequence[TokenBatch], loss: Loss) -> Gradients:
+        """Accumulate gradients over CPU micro-batches; the denominator is counted before the first forward."""
+        ...
+
+    def clip_and_step(self, max_norm: float | None) -> Update:
+        """Clip the global gradient norm, step the optimizer where all is finite, and clear the gradients."""
+        ...
+
+    def discard(self) -> None:
+        """Clear the gradients without a step."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Optimizer and scaler as nested dicts of tensors and plain values."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
+        ...
+
+    def trained_parameters(self) -> dict[str, Tensor]:
+        """The parameters that are trained, by name, as whole tensors."""
+        ...
+
+    def load_trained_parameters(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write whole tensors back into the parameters that are trained."""
+        ...

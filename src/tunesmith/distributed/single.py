@@ -1,0 +1,102 @@
+"""One process, one device.
+
+float16 trains with a loss scale: gradients are computed for scale · loss, checked, divided, clipped. An overflow
+lowers the scale and skips the step; that is the scaler's normal work, not a fault of the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.contracts.batch import TokenBatch
+from tunesmith.distributed.backend import Gradients, Loss, Update
+
+
+class SingleDevice:
+    """`Backend` on one device.
+
+    Args:
+        module: the model; parameters that require grad are trained.
+        optimizer: holds exactly those parameters.
+        device: where the micro-batches are moved.
+        compute_dtype: autocast runs in it where parameters are held wider; float16 brings the loss scale.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, compute_dtype: torch.dtype
+    ) -> None:
+        self.module = module
+        self.optimizer = optimizer
+        self.device = device
+        self.autocast_dtype = compute_dtype if compute_dtype in (torch.bfloat16, torch.float16) else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which forward passes run."""
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+    def forward_backward(self, micro_batches: Sequence[TokenBatch], loss: Loss) -> Gradients:
+        """Accumulate gradients over CPU micro-batches; the denominator is counted before the first forward."""
+        total = math.fsum(loss.count(batch) for batch in micro_batches)
+        assert total > 0, "rows without supervised tokens are dropped when data is prepared"
+        losses = []
+        for batch in micro_batches:
+            with self.autocast():
+                value = loss(batch.to(self.device), total)
+            self.scaler.scale(value).backward()  # type: ignore[no-untyped-call]
+            losses.append(value.detach())
+        return Gradients(tuple(losses), total)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def clip_and_step(self, max_norm: float | None) -> Update:
+        """Clip the global gradient norm, step the optimizer where all is finite, and clear the gradients."""
+        self.scaler.unscale_(self.optimizer)
+        parameters = self._parameters()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if max_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        grad_norm = float(norm)
+        finite = math.isfinite(grad_norm)
+        scale = self.scaler.get_scale()
+        if finite or self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.discard()
+        overflowed = self.scaler.is_enabled() and not finite and self.scaler.get_scale() < scale
+        return Update(grad_norm, applied=finite, loss_scale=scale, overflowed=overflowed)
+
+    def discard(self) -> None:
+        """Clear the gradients without a step."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        """Optimizer and scaler as nested dicts of tensors and plain values."""
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+
+    def trained_parameters(self) -> dict[str, Tensor]:
+        """The parameters that are trained, by name, as whole tensors."""
+        return {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_trained_parameters(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write whole tensors back into the parameters that are trained.
+
+        Raises:
+            KeyError: a trained parameter is missing from `tensors`.
+        """
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(tensors[name])

@@ -1,0 +1,87 @@
+"""The model card of a result: what it is, how it was trained, and the few lines that load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What the card states.
+
+    Attributes:
+        base_model: id or folder of the model that was trained.
+        base_revision: its revision on the hub.
+        adapter: whether the result is a LoRA adapter.
+        quantize: how the base was held in training (`none`, `nf4`).
+        sources: one line for each training source.
+        rows: training rows.
+        steps: optimizer steps.
+        tokens: tokens seen in training.
+        first_eval: held-out loss before training, where it was measured.
+        last_eval: held-out loss afterwards.
+        hyperparameters: name to value, as the run file gives them.
+        versions: package to version.
+    """
+
+    base_model: str
+    base_revision: str | None
+    adapter: bool
+    quantize: str
+    sources: Sequence[str]
+    rows: int
+    steps: int
+    tokens: int
+    first_eval: float | None
+    last_eval: float | None
+    hyperparameters: Mapping[str, object]
+    versions: Mapping[str, str]
+
+
+_LOAD_ADAPTER = """\
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
+
+_LOAD_MODEL = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
+
+
+def _front_matter(facts: Facts) -> list[str]:
+    lines = ["---", f"base_model: {facts.base_model}", "pipeline_tag: text-generation"]
+    lines += [f"library_name: {'peft' if facts.adapter else 'transformers'}"]
+    lines += ["tags:", "- tunesmith", *(["- lora"] if facts.adapter else []), "---"]
+    return lines
+
+
+def _table(rows: Mapping[str, object], left: str, right: str) -> list[str]:
+    return [f"| {left} | {right} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+
+
+def model_card(facts: Facts) -> str:
+    """The text of `README.md` beside the weights."""
+    kind = "A LoRA adapter for" if facts.adapter else "A fine-tuned version of"
+    held = ", trained on 4-bit (NF4) base weights" if facts.quantize == "nf4" else ""
+    lines = [*_front_matter(facts), "", f"# {kind} {facts.base_model}", ""]
+    lines += [f"{kind} `{facts.base_model}`{held}, made with tunesmith {facts.versions.get('tunesmith', '')}.", ""]
+    lines += ["## Training", ""]
+    figures: dict[str, object] = {
+        "rows": f"{facts.rows:,}",
+        "optimizer steps": f"{facts.steps:,}",
+        "tokens": f"{facts.tokens:,}",
+    }
+    if facts.first_eval is not None and facts.last_eval is not None:
+        figures["held-out loss before"] = f"{facts.first_eval:.4f}"
+        figures["held-out loss after"] = f"{facts.last_eval:.4f}"
+    lines += [*_table(figures, "figure", "value"), "", "Data:", *(f"- {source}" for source in facts.sources), ""]
+    lines += [*_table(facts.hyperparameters, "setting", "value"), ""]
+    lines += ["`run.yaml` beside this file repeats the run: `tunesmith train run.yaml`.", ""]
+    lines += ["## Use", "", "```python", _LOAD_ADAPTER if facts.adapter else _LOAD_MODEL, "```", ""]
+    lines += ["## Versions", "", *_table(facts.versions, "package", "version"), ""]
+    return "\n".join(lines)

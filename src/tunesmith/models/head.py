@@ -1,0 +1,143 @@
+"""The head of a causal language model, found once and run over supervised positions only.
+
+`CausalModel` splits any transformers causal model into backbone and head. What stands between the final hidden
+state and the logits differs by family (a soft cap, a factor); it is data here (`_LOGIT_RULES`), and `check_head`
+proves on a few tokens that our head gives the model's own logits, so a family with a rule that we do not know is
+refused instead of trained wrongly.
+
+Shape suffixes: T tokens, S supervised tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.contracts.batch import TokenBatch
+from tunesmith.contracts.errors import UserError
+from tunesmith.kernels.linear_logprob import linear_cross_entropy, linear_logprob
+from tunesmith.models.attention import document_kwargs
+
+_LOGIT_RULES: dict[str, tuple[str, bool]] = {
+    # attribute of the config: (what it is, whether it divides)
+    "logit_scale": ("scale", False),  # Cohere
+    "logits_scaling": ("scale", True),  # Granite
+    "final_logit_softcapping": ("softcap", False),  # Gemma 2
+}
+
+
+@dataclass(frozen=True)
+class HeadScorer:
+    """`objectives.api.Scorer` over the hidden states `[S, D]` at the supervised positions of one batch."""
+
+    hidden_SD: Tensor
+    targets_S: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    scale: float
+    softcap: float | None
+
+    def logprob(self) -> Tensor:
+        """Log-probability of every supervised token, float32 `[S]`, differentiable."""
+        return linear_logprob(
+            self.hidden_SD, self.weight_VD, self.targets_S, bias_V=self.bias_V, scale=self.scale, softcap=self.softcap
+        )
+
+    def cross_entropy(self, weights_S: Tensor) -> Tensor:
+        """Σ_s −weights_s · logprob_s as a scalar."""
+        return linear_cross_entropy(
+            self.hidden_SD, self.weight_VD, self.targets_S, weights_S,
+            bias_V=self.bias_V, scale=self.scale, softcap=self.softcap,
+        )  # fmt: skip
+
+
+class CausalModel:
+    """A transformers causal model, with or without a PEFT adapter, as backbone and head.
+
+    Args:
+        model: the model whose parameters are trained (a `PeftModel` or a `PreTrainedModel`).
+        compute_dtype: type of the head's GEMMs, and of autocast where it differs from the weights' type.
+
+    Raises:
+        UserError: the model has no linear output head.
+    """
+
+    def __init__(self, model: Any, compute_dtype: torch.dtype) -> None:
+        self.model = model
+        self.compute_dtype = compute_dtype
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if self.base.get_output_embeddings() is None:
+            raise UserError(f"{type(self.base).__name__} has no language-model head to train against.")
+        self.backbone = self.base.get_decoder()
+        self.config = self.base.config.get_text_config()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head's weight lives."""
+        weight: Tensor = self._head_module().weight
+        return weight.device
+
+    def _head_module(self) -> Any:
+        head = self.base.get_output_embeddings()
+        if hasattr(head, "modules_to_save"):  # PEFT keeps a trained copy of the head beside the original
+            head = head.modules_to_save[head.active_adapters[0]]
+        return head
+
+    def hidden(self, batch: TokenBatch) -> Tensor:
+        """Final hidden states `[T, D]` of a packed row, each document seeing itself only."""
+        output = self.backbone(
+            input_ids=batch.ids_T[None],
+            position_ids=batch.position_ids_T[None],
+            use_cache=False,
+            **document_kwargs(batch),
+        )
+        hidden_TD: Tensor = output.last_hidden_state[0]
+        return hidden_TD
+
+    def score(self, batch: TokenBatch) -> HeadScorer:
+        """Run the backbone and return the scorer of the batch's supervised tokens."""
+        return self.scorer(self.hidden(batch).index_select(0, batch.logit_index_S), batch.targets_S)
+
+    def scorer(self, hidden_SD: Tensor, targets_S: Tensor) -> HeadScorer:
+        """The head over given hidden states `[S, D]`; reads the head's parameters anew at every call."""
+        head = self._head_module()
+        rules: dict[str, float | None] = {"scale": 1.0, "softcap": None}
+        for attribute, (rule, divides) in _LOGIT_RULES.items():
+            value = getattr(self.config, attribute, None)
+            if value is not None:
+                rules[rule] = 1.0 / value if divides else float(value)
+        scale = rules["scale"]
+        assert scale is not None
+        dtype = self.compute_dtype
+        bias = getattr(head, "bias", None)
+        return HeadScorer(
+            hidden_SD.to(dtype), targets_S, head.weight.to(dtype), bias, scale=scale, softcap=rules["softcap"]
+        )
+
+
+@torch.no_grad()
+def check_head(causal: CausalModel) -> None:
+    """Compare our head with the model's own logits on a few tokens.
+
+    Raises:
+        UserError: they differ, so this family computes its logits in a way that is not known here.
+    """
+    ids = torch.arange(8, device=causal.device)[None] % causal.config.vocab_size
+    was_training = causal.model.training
+    causal.model.eval()
+    own_TV = causal.base(input_ids=ids, use_cache=False).logits[0].float()
+    hidden_TD = causal.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
+    targets_T = own_TV.argmax(-1)
+    ours_T = causal.scorer(hidden_TD, targets_T).logprob()
+    theirs_T = torch.log_softmax(own_TV, -1).gather(-1, targets_T[:, None]).squeeze(-1)
+    causal.model.train(was_training)
+    tolerance = 1e-3 if causal.compute_dtype in (torch.float32, torch.float64) else 5e-2
+    difference = float((ours_T - theirs_T).abs().max())
+    if not difference <= tolerance:
+        raise UserError(
+            f"{type(causal.base).__name__} computes its logits in a way that is not supported: "
+            f"log-probabilities differ by {difference:.2g} from its own head's."
+        )

@@ -1,0 +1,1 @@
+"""What is minimised: each objective is plain autograd over log-probabilities of supervised tokens."""

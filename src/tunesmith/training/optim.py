@@ -1,0 +1,116 @@
+"""The tables of optimizers and learning-rate schedules.
+
+A schedule is used as a pure function of the step number: nothing of it needs saving, and a skipped step does not
+shift it. Weight decay is applied to matrices only, not to biases, norm weights and other vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+Factory = Callable[[list[dict[str, Any]], float, tuple[float, float]], torch.optim.Optimizer]
+
+
+def _adamw(groups: list[dict[str, Any]], rate: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+
+
+def _sgd(groups: list[dict[str, Any]], rate: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=rate, momentum=betas[0])
+
+
+def _adafactor(groups: list[dict[str, Any]], rate: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    return Adafactor(groups, lr=rate, scale_parameter=False, relative_step=False, warmup_init=False)
+
+
+def _bitsandbytes(name: str) -> Factory:
+    def build(groups: list[dict[str, Any]], rate: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+        import bitsandbytes
+
+        optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, name)(groups, lr=rate, betas=betas)
+        return optimizer
+
+    return build
+
+
+OPTIMIZERS: dict[str, Factory] = {
+    "adamw": _adamw,
+    "adamw_8bit": _bitsandbytes("AdamW8bit"),
+    "paged_adamw_8bit": _bitsandbytes("PagedAdamW8bit"),
+    "lion_8bit": _bitsandbytes("Lion8bit"),
+    "adafactor": _adafactor,
+    "sgd": _sgd,
+}
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    # name in transformers: its own options
+    "cosine": {},
+    "linear": {},
+    "constant": {},
+    "inverse_sqrt": {},
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+}
+
+
+def weight_decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Split parameters into matrices, which decay, and the rest, which does not; empty groups are left out."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for parameter in parameters:
+        (decayed if parameter.ndim >= 2 else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    name: str, model: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """The optimizer `name` over the parameters of `model` that require grad."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return OPTIMIZERS[name](weight_decay_groups(trained, weight_decay), learning_rate, betas)
+
+
+class Schedule:
+    """Learning rate as a function of the step.
+
+    Args:
+        name: a row of `SCHEDULES`.
+        learning_rate: the peak.
+        warmup: a fraction of `total_steps` below 1, a number of steps from 1 on.
+        total_steps: optimizer steps of the run.
+    """
+
+    def __init__(self, name: str, *, learning_rate: float, warmup: float, total_steps: int) -> None:
+        from transformers import get_scheduler
+
+        self.learning_rate = learning_rate
+        warmup_steps = round(warmup * total_steps) if warmup < 1 else round(warmup)
+        constant = name == "constant"
+        scheduler: Any = get_scheduler(
+            "constant_with_warmup" if constant else name,
+            torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=learning_rate),
+            num_warmup_steps=warmup_steps,
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=SCHEDULES[name],
+        )
+        self._multiplier: Callable[[int], float] = scheduler.lr_lambdas[0]
+        self._warmup_steps = warmup_steps
+
+    def at(self, step: int) -> float:
+        """Learning rate of the step with this number, the first being 0."""
+        if step < self._warmup_steps:  # the first step already learns: 1/n, 2/n, … instead of 0, 1/n, …
+            return self.learning_rate * (step + 1) / (self._warmup_steps + 1)
+        return self.learning_rate * float(self._multiplier(step))
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Set the learning rate of every group for this step and return it."""
+        rate = self.at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        return rate

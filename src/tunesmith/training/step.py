@@ -1,0 +1,70 @@
+"""One optimizer step, read top to bottom.
+
+The denominator is counted over all micro-batches first, so the step's loss is the mean over its supervised
+tokens however they are grouped. A loss or gradient that is not finite is never applied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tunesmith.contracts.batch import TokenBatch
+from tunesmith.distributed.backend import Backend
+from tunesmith.models.head import CausalModel
+from tunesmith.objectives.api import Objective
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectiveLoss:
+    """An objective over a model, in the form in which a backend runs it (`distributed.backend.Loss`)."""
+
+    causal: CausalModel
+    objective: Objective
+
+    def count(self, batch: TokenBatch) -> float:
+        """Denominator that a batch contributes, computed on the CPU."""
+        return self.objective.count(batch)
+
+    def __call__(self, batch: TokenBatch, total: float) -> Tensor:
+        """Scalar loss of a batch on the device, divided by the step's denominator."""
+        return self.objective.loss(self.causal.score(batch), batch, total)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step did.
+
+    Attributes:
+        loss: mean over the step's supervised tokens.
+        micro_losses: the contribution of each micro-batch; they sum to `loss`.
+        grad_norm: global gradient norm before clipping; NaN where the loss was not finite.
+        applied: whether parameters changed.
+        fault: what was not finite, `loss` or `gradient`, or None. A float16 overflow is no fault.
+        loss_scale: the float16 scaler's factor, 1.0 without one.
+    """
+
+    loss: float
+    micro_losses: tuple[float, ...]
+    grad_norm: float
+    applied: bool
+    fault: str | None
+    loss_scale: float
+
+
+def train_step(
+    backend: Backend, micro_batches: Sequence[TokenBatch], loss: ObjectiveLoss, max_grad_norm: float | None
+) -> StepResult:
+    """Accumulate the gradients of one step, check them, clip them, apply them."""
+    gradients = backend.forward_backward(micro_batches, loss)
+    micro_losses = tuple(float(value) for value in gradients.losses)
+    mean = math.fsum(micro_losses) if all(map(math.isfinite, micro_losses)) else math.nan
+    if not math.isfinite(mean):
+        backend.discard()
+        return StepResult(mean, micro_losses, math.nan, applied=False, fault="loss", loss_scale=1.0)
+    update = backend.clip_and_step(max_grad_norm)
+    fault = None if update.applied or update.overflowed else "gradient"
+    return StepResult(mean, micro_losses, update.grad_norm, update.applied, fault, update.loss_scale)
