@@ -14,12 +14,12 @@ from tunesmith._version import __version__
 
 if TYPE_CHECKING:
     from tunesmith.api.run import train
-    from tunesmith.config.execute import RunResult
+    from tunesmith.config.result import RunResult
     from tunesmith.contracts.errors import ConfigError, UserError
 
 _LAZY = {
     "train": "tunesmith.api.run",
-    "RunResult": "tunesmith.config.execute",
+    "RunResult": "tunesmith.config.result",
     "ConfigError": "tunesmith.contracts.errors",
     "UserError": "tunesmith.contracts.errors",
 }

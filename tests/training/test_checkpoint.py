@@ -560,7 +560,7 @@ def test_shards_that_do_not_make_a_tensor_are_refused(
         torch.ones(2, dtype=torch.complex128),
         torch.ones(2, 2).to_sparse(),
         torch.ones(2, device="meta"),
-        torch.nested.nested_tensor([torch.ones(1)], layout=torch.strided),
+        torch.nested.nested_tensor([torch.ones(1)], layout=torch.jagged),
     ],
 )
 def test_tensors_that_safetensors_cannot_hold_are_refused(tmp_path: Path, tensor: torch.Tensor) -> None:

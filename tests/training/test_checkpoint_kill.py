@@ -11,7 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,17 @@ CALLS = ("open", "write", "fsync", "close", "mkdir", "rename", "unlink", "rmdir"
 FILLING = ("open", "write", "fsync", "close", "mkdir", "rename")
 
 Hook = Callable[[str, str, tuple[Any, ...]], None]
+
+
+@pytest.fixture
+def memory_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: what a kill leaves does not depend on how fast the disk is."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
 
 
 class WatchedOs:
@@ -187,15 +199,15 @@ SCENARIOS: dict[str, tuple[Callable[[Path], None], tuple[int, int] | None, list[
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_kill_at_any_boundary_loses_at_most_one_save(tmp_path: Path, scenario: str) -> None:
+def test_a_kill_at_any_boundary_loses_at_most_one_save(memory_path: Path, scenario: str) -> None:
     prepare, before, steps = SCENARIOS[scenario]
-    base = tmp_path / "base"
+    base = memory_path / "base"
     base.mkdir()
     prepare(base / "checkpoints")
     boundary, killed = 0, True
     while killed:
         boundary += 1
-        run = tmp_path / str(boundary)
+        run = memory_path / str(boundary)
         shutil.copytree(base, run)
         killed, completed = run_killed_at(boundary, steps, run / "checkpoints")
         history = [before, *steps]
@@ -296,7 +308,7 @@ class FullDisk:
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("scenario", ["retention", "replace"])
 def test_a_full_disk_at_any_call_leaves_the_older_checkpoints(
-    tmp_path: Path,
+    memory_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     scenario: str,
@@ -305,13 +317,13 @@ def test_a_full_disk_at_any_call_leaves_the_older_checkpoints(
 ) -> None:
     caplog.set_level(logging.CRITICAL)
     prepare, before, [(step, generation)] = SCENARIOS[scenario]
-    prepare(tmp_path / "base")
+    prepare(memory_path / "base")
     messages: list[str] = []
     at, disk = 0, FullDisk(0, code, lasting=lasting)
     while disk.count >= at:
         at += 1
-        folder = tmp_path / str(at)
-        shutil.copytree(tmp_path / "base", folder)
+        folder = memory_path / str(at)
+        shutil.copytree(memory_path / "base", folder)
         disk = FullDisk(at, code, lasting=lasting)
         with monkeypatch.context() as patch:
             patch.setattr(storage, "os", WatchedOs(disk))
@@ -417,3 +429,16 @@ def test_an_interrupt_removes_the_partial_directory(tmp_path: Path, monkeypatch:
         with pytest.raises(KeyboardInterrupt):
             save(make_store(tmp_path), 1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system may write fewer bytes than it was given."""
+
+    class ShortWrites(WatchedOs):
+        def write(self, descriptor: int, data: memoryview) -> int:
+            return os.write(descriptor, data[:3])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "os", ShortWrites(lambda *_: None))
+        save(make_store(tmp_path), 1)
+    assert newest(tmp_path) == (1, 0)

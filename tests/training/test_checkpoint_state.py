@@ -31,7 +31,8 @@ from tunesmith.training.tensors import DTYPES
 
 
 def bits(tensor: Tensor) -> bytes:
-    return bytes(tensor.detach().contiguous().flatten().clone().view(torch.uint8).numpy().data)
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
+    return bytes(flat.view(torch.uint8).numpy().data)
 
 
 def same(a: Any, b: Any) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config.execute import RunResult, execute
+from tunesmith.config.execute import execute
+from tunesmith.config.result import RunResult
 from tunesmith.config.load import load_settings
 
 

@@ -6,12 +6,12 @@ The CLI and the Python interface both call `execute`; there is one way to run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from tunesmith.config.result import RunResult
 from tunesmith.config.run_dir import claimed_run_dir, resolved_yaml, versions, write_run_files
 from tunesmith.contracts.errors import UserError
 from tunesmith.settings.run import RunSettings
@@ -19,33 +19,6 @@ from tunesmith.settings.run import RunSettings
 if TYPE_CHECKING:
     from tunesmith.config.assemble import Run
     from tunesmith.training.trainer import Outcome
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """What a run left behind.
-
-    Attributes:
-        dir: the run directory.
-        result: folder of the adapter or model, or None for an interrupted run.
-        loss_curve: the PNG, or None where matplotlib is not installed.
-        reason: `complete`, `time` or `interrupted`.
-        steps: optimizer steps that are complete.
-        first_eval: held-out loss before training, where it was measured.
-        last_eval: held-out loss at the end.
-        tokens: tokens trained on by this process.
-        seconds: wall time of training.
-    """
-
-    dir: Path
-    result: Path | None
-    loss_curve: Path | None
-    reason: str
-    steps: int
-    first_eval: float | None
-    last_eval: float | None
-    tokens: int
-    seconds: float
 
 
 def execute(

@@ -15,7 +15,7 @@ from tunesmith.data.packing import pack_best_fit, packing_efficiency
 
 if TYPE_CHECKING:
     from tunesmith.config.assemble import Run
-    from tunesmith.config.execute import RunResult
+    from tunesmith.config.result import RunResult
 
 
 def _grid() -> Table:
@@ -36,7 +36,8 @@ def _model_line(run: Run) -> str:
     settings = run.settings
     parameters = list(run.causal.model.named_parameters())
     trained = sum(p.numel() for _, p in parameters if p.requires_grad)
-    everything = run.causal.base.num_parameters()
+    added = trained if settings.adapter.kind == "lora" else 0
+    everything = run.causal.base.num_parameters() - added
     held = "4-bit NF4" if settings.model.quantize == "nf4" else str(run.causal.compute_dtype).removeprefix("torch.")
     what = f"LoRA rank {settings.adapter.rank}" if settings.adapter.kind == "lora" else "all parameters"
     if settings.adapter.path:

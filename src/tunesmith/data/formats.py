@@ -124,7 +124,10 @@ def _detect_alpaca(keys: Collection[str]) -> bool:
 
 def _convert_alpaca(record: Mapping[str, Any]) -> Conversation:
     messages = _system(record)
-    for turn in record.get("history") or []:
+    history = record.get("history") or []
+    if not isinstance(history, list):
+        raise RowProblem("malformed history", "history is not a list")
+    for turn in history:
         if not isinstance(turn, list) or len(turn) != 2:
             raise RowProblem("malformed history", "a turn is not [user, assistant]")
         messages += _exchange(as_text(turn[0], "history"), as_text(turn[1], "history"))

@@ -120,7 +120,7 @@ class _Run:
         writer: TableWriter,
         progress: Callable[[int], None] | None,
     ) -> None:
-        rows, found = _find_format(source, format_name, columns)
+        rows, found = find_format(source, format_name, columns)
         self.report.format = found.name
         while batch := list(islice(rows, _BATCH)):
             rendered = [
@@ -173,7 +173,7 @@ class _Run:
             self.report.examples.append(f"{row.where}: {reason}" + (f" ({detail})" if detail else ""))
 
 
-def _find_format(source: Source, name: str, columns: Mapping[str, str]) -> tuple[Iterator[Row], Format]:
+def find_format(source: Source, name: str, columns: Mapping[str, str]) -> tuple[Iterator[Row], Format]:
     """All rows of the source, and their format by the columns of the first ones together."""
     rows = source.rows()
     head: list[Row] = []

@@ -154,5 +154,14 @@ def load_model(
         )
     except _LOAD_ERRORS as error:
         raise _explain(name, error) from error
+    _keep_scales_exact(model)
     model.requires_grad_(False)
     return model
+
+
+def _keep_scales_exact(model: Any) -> None:
+    """On CPUs with bfloat16 units bitsandbytes repacks 4-bit weights at the first evaluation and rounds their
+    scales to bfloat16 for good: training would go on with other weights than it began with. Switched off."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,9 +69,10 @@ class EventLog:
         self._file.close()
 
 
-def _smooth(values: Iterable[float], weight: float = 0.9) -> list[float]:
-    """Exponential mean with the bias of its start removed."""
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Exponential mean with the bias of its start removed; it remembers a tenth of the run, at most ten steps."""
     smoothed, mean = [], 0.0
+    weight = 1 - 1 / min(10.0, max(2.0, len(values) / 10))
     for count, value in enumerate(values, start=1):
         mean = weight * mean + (1 - weight) * value
         smoothed.append(mean / (1 - weight**count))

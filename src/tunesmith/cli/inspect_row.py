@@ -1,0 +1,195 @@
+"""`tunesmith inspect`: one row at every stop of its way from the file to a pack."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.text import Text as Rich
+
+from tunesmith.contracts.errors import DataError
+from tunesmith.settings.run import RunSettings
+
+if TYPE_CHECKING:
+    from tunesmith.config.prepare_data import PreparedData
+    from tunesmith.data.formats import Conversation, Text
+    from tunesmith.data.render import Encoded, Rendered
+    from tunesmith.data.sources import Row
+
+_TRAINED = ("black on green3", "black on pale_green3")
+_CONTEXT = ("grey66", "grey46")
+_CLIP = 4_000
+
+
+def inspect_row(settings: RunSettings, console: Console, *, row: int, source: int) -> None:
+    """Print what each stop makes of a row, and the counts of the whole set.
+
+    Args:
+        row: number of the row in its source, from 0.
+        source: number of the training source, from 0.
+
+    Raises:
+        DataError: there is no such row or source, or the data cannot be read.
+    """
+    if source >= len(settings.data.train):
+        raise DataError(f"There is no source {source}: data.train lists {len(settings.data.train)}.")
+    from tunesmith.config.prepare_data import make_renderer, open_settings_source
+    from tunesmith.data.chat import RowProblem
+    from tunesmith.data.formats import convert
+    from tunesmith.data.tokenize import find_format
+    from tunesmith.models.loader import load_tokenizer
+    from tunesmith.training.quiet import quiet_libraries
+
+    quiet_libraries()
+    chosen = settings.data.train[source]
+    rows, found = find_format(open_settings_source(chosen), chosen.format, dict(chosen.columns))
+    picked = next(islice(rows, row, None), None)
+    if picked is None:
+        raise DataError(f"{chosen.path} has no row {row}; rows are counted from 0.")
+    model = settings.model
+    tokenizer = load_tokenizer(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    renderer = make_renderer(settings, tokenizer)
+    _print_record(console, picked)
+    if picked.record is None:
+        console.print(f"This row is dropped: {picked.problem}", style="red", markup=False)
+    else:
+        try:
+            item = convert(found, picked.record, dict(chosen.columns))
+            _print_item(console, item, found.name)
+            rendered = renderer.render(item)
+            _print_text(console, rendered)
+            _print_tokens(console, rendered, renderer.encode([rendered])[0])
+        except RowProblem as problem:
+            console.print(f"This row is dropped: {problem}", style="red", markup=False)
+    _print_place(console, settings, tokenizer, picked, source)
+
+
+def _stop(console: Console, title: str) -> None:
+    console.print()
+    console.print(Rule(title, align="left", style="dim"))
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= _CLIP else f"{text[:_CLIP]}… ({len(text):,} characters)"
+
+
+def _print_record(console: Console, row: Row) -> None:
+    _stop(console, f"record · {row.where}")
+    if row.record is not None:
+        console.print(_clipped(json.dumps(row.record, indent=2, ensure_ascii=False, default=str)), markup=False)
+
+
+def _print_item(console: Console, item: Conversation | Text, name: str) -> None:
+    messages = getattr(item, "messages", None)
+    if messages is None:
+        _stop(console, f"text · format {name}")
+        return
+    _stop(console, f"conversation · format {name} · {len(messages)} messages")
+    for tool in getattr(item, "tools", None) or []:
+        function = tool.get("function", tool)
+        console.print(f"tool  {function.get('name')}: {function.get('description', '')}", markup=False)
+    for message in messages:
+        line = Rich(f"{message['role']:<10}", style="bold")
+        line.append(_clipped(_content(message)), style="not bold")
+        console.print(line)
+
+
+def _content(message: dict[str, Any]) -> str:
+    parts = [str(message.get("content") or "")]
+    if message.get("reasoning_content"):
+        parts.insert(0, f"[thinks: {message['reasoning_content']}]")
+    parts += [f"[calls {json.dumps(call.get('function', call), ensure_ascii=False)}]" for call in message.get("tool_calls") or []]
+    return " ".join(part for part in parts if part)
+
+
+def _print_text(console: Console, rendered: Rendered) -> None:
+    _stop(console, "rendered text")
+    console.print(_clipped(rendered.text), markup=False, highlight=False)
+    for note in rendered.notes:
+        console.print(f"note: {note}", style="yellow", markup=False)
+
+
+def _print_tokens(console: Console, rendered: Rendered, encoded: Encoded) -> None:
+    trained = int(encoded.trained.sum())
+    _stop(console, f"tokens · {len(encoded.ids)}, of which {trained} are trained on")
+    line = Rich()
+    for number, ((start, end), is_trained) in enumerate(zip(encoded.offsets, encoded.trained, strict=True)):
+        style = (_TRAINED if is_trained else _CONTEXT)[number % 2]
+        line.append(rendered.text[start:end].replace("\n", "↵\n") or "·", style=style)
+    console.print(line)
+    legend = Rich("\n")
+    legend.append(" trained on ", style=_TRAINED[0])
+    legend.append("  context only", style=_CONTEXT[0])
+    console.print(legend)
+    if not console.color_system:
+        spans = "".join(rendered.text[start:end] + "\n" for start, end in rendered.spans)
+        console.print(f"trained on:\n{spans}", markup=False, highlight=False)
+
+
+def _print_place(console: Console, settings: RunSettings, tokenizer: Any, row: Row, source: int) -> None:
+    from tunesmith.config.prepare_data import batch_plan, prepare_data
+    from tunesmith.data.batches import rows_of_epoch, steps_of_epoch
+
+    with console.status("preparing the whole set"):
+        data = prepare_data(settings, tokenizer)
+    document = _document_of(data, row, source)
+    if document is None:
+        _stop(console, "place · none, the row is dropped")
+    elif document in data.held_out_N:
+        _stop(console, "place · held out: it measures and does not train")
+    else:
+        plan = batch_plan(settings)
+        rows = rows_of_epoch(data.corpus, data.train_N, plan, 0)
+        steps = steps_of_epoch(data.corpus, rows, plan)
+        number = next((n for n, documents in enumerate(rows) if document in documents), None)
+        if number is None:
+            _stop(console, "place · left out of the first epoch by the weight of its source")
+        else:
+            first = 0
+            step = next(n for n, step in enumerate(steps) if (first := first + len(step)) > number)
+            unit = "pack" if plan.packing else "row"
+            _stop(console, f"place · {unit} {number + 1} of {len(rows)}, step {step + 1} of {len(steps)} in epoch 1")
+            _print_pack(console, data, rows[number], document, plan.sequence_length)
+    _print_counts(console, data)
+
+
+def _document_of(data: PreparedData, row: Row, source: int) -> int | None:
+    table = data.corpus.sources[source]
+    before = sum(len(other) for other in data.corpus.sources[:source])
+    return next((before + i for i in range(len(table)) if table.where(i) == row.where), None)
+
+
+def _print_pack(
+    console: Console, data: PreparedData, documents: tuple[int, ...], document: int, capacity: int
+) -> None:
+    """The pack as a bar: this row in colour, the others alternately grey, room as dots."""
+    width = max(20, min(console.width - 2, 100))
+    bar, used = Rich(), 0
+    for number, other in enumerate(documents):
+        start, used = used, used + int(data.corpus.lengths[other])
+        cells = max(1, round(used / capacity * width) - round(start / capacity * width))
+        bar.append("█" * cells, style="green3" if other == document else _CONTEXT[number % 2])
+    bar.append("·" * max(0, width - round(used / capacity * width)), style="dim")
+    console.print(bar)
+    console.print(
+        f"{len(documents)} documents, {used} of {capacity} tokens; this row is the one in green", highlight=False
+    )
+
+
+def _print_counts(console: Console, data: PreparedData) -> None:
+    _stop(console, "the whole set")
+    for name, report in data.reports:
+        share = report.trained_tokens / report.tokens if report.tokens else 0.0
+        console.print(
+            f"{name}: {report.rows_in:,} rows read, {report.rows_kept:,} kept, {report.truncated:,} cut; "
+            f"{report.tokens:,} tokens, {report.trained_tokens:,} trained on ({share:.0%})",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+        for reason, count in report.dropped.items():
+            console.print(f"  dropped {count:,}: {reason}", style="yellow", markup=False)
+        for example in report.examples:
+            console.print(f"  {example}", style="dim", markup=False, soft_wrap=True)
+    console.print(f"{len(data.train_N):,} documents train, {len(data.held_out_N):,} are held out", highlight=False)
