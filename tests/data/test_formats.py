@@ -86,6 +86,11 @@ def test_renames_decide_the_format() -> None:
     assert resolve_format("auto", {"prompt": "question", "response": "answer"}, record).name == "pair"
     assert turns(record, prompt="extra", response="answer") == [("user", "E"), ("assistant", "A")]
     assert turns({"prompt": "A", "response": "Q"}, prompt="response", response="prompt")[0] == ("user", "Q")
+    moved = {
+        "response": "Q",
+        "answer": "A",
+    }  # a column that was renamed is no longer there under its old name
+    assert turns(moved, prompt="response") == [("user", "Q"), ("assistant", "A")]
     assert read({"body": "x"}, text="body") == Text("x")
     assert read({"body": "x"}, "completion", text="body") == Text("x")
 
@@ -126,6 +131,7 @@ def test_a_named_format_needs_its_columns() -> None:
         {"conversations": [], "chosen": {}, "rejected": {}},
         {"prompt": "Q", "chosen": "A", "rejected": "B"},
         {"messages": [], "label": True},
+        {"instruction": "Q", "output": "A", "label": False},
         {"prompt": "Q", "completion": "A", "label": True},
         {"chosen_messages": [], "rejected_messages": []},
     ],

@@ -154,8 +154,29 @@ def test_a_dropped_assistant_turn_is_a_problem_of_the_row() -> None:
             "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
             ["Hello!</s>", "Yes?</s>"],
         ),
+        # the same, where the last turn does have the block
+        (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+            "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n{% endif %}{{ m.content }}</s>"
+            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+            ["Hello!</s>", "\n</think>\nYes?</s>"],
+        ),
+        # spans from prefixes, each of which ends with EOS
+        (
+            "{% for i in range(messages|length) %}<|im_start|>{{ messages[i].role }}\n"
+            "{{ messages[i].content }}\n{% endfor %}{{ eos_token }}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+            ["Hello!\n", "Yes?\n</s>"],
+        ),
     ],
-    ids=["learned header", "no control token", "eos behind the loop", "thinking prompt"],
+    ids=[
+        "learned header",
+        "no control token",
+        "eos behind the loop",
+        "thinking prompt",
+        "thinking in the last turn",
+        "prefixes that end",
+    ],
 )
 def test_bounds_of_a_turn(template: str, expected: list[str]) -> None:
     assert supervised(Renderer(chat_tokenizer(template, "</s>"), template), TALK) == expected

@@ -33,7 +33,10 @@ def _plain(hidden, weight, bias, targets, scale, softcap):
 
 
 def _relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((ours.detach().double() - exact.detach().double()).norm() / exact.detach().double().norm().clamp_min(1e-30))
+    return float(
+        (ours.detach().double() - exact.detach().double()).norm()
+        / exact.detach().double().norm().clamp_min(1e-30)
+    )
 
 
 @pytest.fixture(params=[1, 16, 17, 50], ids=lambda rows: f"{rows}rows")
@@ -93,7 +96,9 @@ def test_frozen_head_gets_no_gradient_and_no_grad_mode_works():
 
 def test_no_rows_give_zero_loss_and_zero_gradients():
     hidden = torch.zeros(0, 48, requires_grad=True)
-    loss = linear_cross_entropy(hidden, torch.randn(101, 48), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    loss = linear_cross_entropy(
+        hidden, torch.randn(101, 48), torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    )
     loss.backward()
     assert loss.item() == 0.0
     assert hidden.grad.shape == (0, 48)

@@ -11,7 +11,9 @@ from tunesmith.data.batches import Corpus
 class ListedDocuments:
     """`data.batches.Documents` over arrays."""
 
-    def __init__(self, ids: list[list[int]], trained: list[list[bool]] | None = None, name: str = "rows") -> None:
+    def __init__(
+        self, ids: list[list[int]], trained: list[list[bool]] | None = None, name: str = "rows"
+    ) -> None:
         self._ids = [np.array(row, dtype=np.int32) for row in ids]
         self._trained = [np.array(row, dtype=bool) for row in trained or [[True] * len(row) for row in ids]]
         self._name = name

@@ -15,7 +15,7 @@ from tunesmith.config.load import load_settings
 from tunesmith.config.result import RunResult
 from tunesmith.contracts.events import Event
 
-_WORDS = "natalia sold clips to her friends in april and then half as many may apples are left".split()
+_WORDS = "natalia sold clips to her friends in april and then half as many in may".split()  # noqa: SIM905
 
 
 def write_rows(path: Path, count: int, seed: int = 0) -> Path:
@@ -30,14 +30,26 @@ def write_rows(path: Path, count: int, seed: int = 0) -> Path:
     return path
 
 
-def run_settings(model_dir: Path, folder: Path, *, rows: int = 40, **sections: dict[str, Any]) -> dict[str, Any]:
+def run_settings(
+    model_dir: Path, folder: Path, *, rows: int = 40, **sections: dict[str, Any]
+) -> dict[str, Any]:
     """A run file as a dict; keyword arguments are merged into its sections."""
     data = write_rows(folder / "rows.jsonl", rows)
     settings: dict[str, dict[str, Any]] = {
         "model": {"name": str(model_dir)},
         "adapter": {"rank": 4, "alpha": 8.0},
-        "data": {"train": [{"path": str(data)}], "eval": {"fraction": 0.1}, "cache_dir": str(folder / "tokens")},
-        "train": {"sequence_length": 128, "global_batch": 4, "steps": 6, "learning_rate": 5.0e-3, "warmup": 0.0},
+        "data": {
+            "train": [{"path": str(data)}],
+            "eval": {"fraction": 0.1},
+            "cache_dir": str(folder / "tokens"),
+        },
+        "train": {
+            "sequence_length": 128,
+            "global_batch": 4,
+            "steps": 6,
+            "learning_rate": 5.0e-3,
+            "warmup": 0.0,
+        },
         "output": {"dir": str(folder / "run"), "save_every": None, "eval_every": 100},
     }
     for name, changes in sections.items():

@@ -320,6 +320,25 @@ def test_a_damaged_step_that_is_saved_again_is_whole(tmp_path: Path) -> None:
     assert (found.step, damaged) == (2, [])
 
 
+def test_a_checkpoint_that_a_run_deletes_while_it_is_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path, keep=5)
+    put(store, 1)
+    put(store, 2)
+    real = storage.hash_file
+
+    def delete_first(path: Path) -> Any:
+        if path.parent.name == "step-00000002":
+            shutil.rmtree(path.parent)
+        return real(path)
+
+    monkeypatch.setattr(storage, "hash_file", delete_first)
+    found, damaged = newest(store)
+    assert found is not None
+    assert (found.step, damaged) == (1, [])
+
+
 def test_reading_a_damaged_checkpoint_says_so(tmp_path: Path) -> None:
     checkpoint = put(CheckpointStore(tmp_path, keep=1), 1)
     truncate(checkpoint.path / TENSORS)

@@ -181,6 +181,12 @@ def test_tensors_that_share_memory() -> None:
     assert loaded["view"].data_ptr() != loaded["a"].data_ptr() + 8
 
 
+def test_single_elements_of_any_stride() -> None:
+    state = {"wide": torch.arange(2.0)[::2], "turned": torch.ones(4, 1)[:1].t(), "scalar": torch.arange(9)[5]}
+    assert state["wide"].stride() == (2,)
+    assert same(through_disk(state), state)
+
+
 def test_lazy_conjugates_and_negations_are_resolved() -> None:
     number = torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex64)
     state = {"z": number, "conjugate": number.conj(), "imaginary": number.conj().imag}

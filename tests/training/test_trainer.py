@@ -48,7 +48,8 @@ def test_every_document_trains_once_per_epoch(settings):
     run, _ = build(settings(train={"steps": None, "epochs": 2.0}))
     seen: list[int] = []
     run.trainer._run_step = lambda rows: (
-        seen.extend(d for row in rows for d in row), setattr(run.trainer, "step", run.trainer.step + 1)
+        seen.extend(d for row in rows for d in row),
+        setattr(run.trainer, "step", run.trainer.step + 1),
     )
     run.trainer._evaluate = lambda: None
     run.trainer.train()
@@ -152,7 +153,9 @@ def test_half_precision_trains_float32_adapters_close_to_float32(settings, tmp_p
 
 
 def test_full_fine_tuning_with_frozen_parts(settings):
-    run, _, _ = _run(settings(adapter={"kind": "none"}, model={"freeze": ["model.embed_tokens.*", "model.layers.0.*"]}))
+    run, _, _ = _run(
+        settings(adapter={"kind": "none"}, model={"freeze": ["model.embed_tokens.*", "model.layers.0.*"]})
+    )
     trained = run.backend.trained_parameters()
     assert trained
     assert all("layers.1." in name or name == "model.norm.weight" for name in trained)

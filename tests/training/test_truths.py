@@ -25,7 +25,9 @@ LENGTHS = [9, 30, 2, 17, 41, 5, 23, 12]
 def _gradients(model, corpus: Corpus, groups: list[list[int]]) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one step whose documents are grouped into micro-batches."""
     causal = CausalModel(model, next(model.parameters()).dtype)
-    backend = SingleDevice(model, torch.optim.SGD(model.parameters(), lr=0.0), torch.device("cpu"), causal.compute_dtype)
+    backend = SingleDevice(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), torch.device("cpu"), causal.compute_dtype
+    )
     with packed_attention(causal.base, "sdpa"):
         result = backend.forward_backward([collate(corpus, g) for g in groups], ObjectiveLoss(causal, SFT))
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -77,7 +79,9 @@ def test_loss_is_the_mean_over_supervised_tokens_as_stock_transformers_computes_
         source, index = corpus.locate(row)
         ids[row, :length] = torch.tensor(source.ids(index))
         mask[row, :length] = 1
-        labels[row, :length][torch.tensor(source.trained(index))] = ids[row, :length][torch.tensor(source.trained(index))]
+        labels[row, :length][torch.tensor(source.trained(index))] = ids[row, :length][
+            torch.tensor(source.trained(index))
+        ]
     stock = model(input_ids=ids, attention_mask=mask, labels=labels).loss
     stock.backward()
     assert loss == pytest.approx(stock.item(), rel=1e-6)  # the stock loss is taken in float32
@@ -92,7 +96,9 @@ def test_a_step_moves_parameters_by_the_hand_computed_gradient():
     norm = torch.stack([g.norm() for g in gradients.values()]).norm()
     before = copy.deepcopy(dict(model.named_parameters()))
     causal = CausalModel(model, torch.float64)
-    backend = SingleDevice(model, torch.optim.SGD(model.parameters(), lr=0.5), torch.device("cpu"), torch.float64)
+    backend = SingleDevice(
+        model, torch.optim.SGD(model.parameters(), lr=0.5), torch.device("cpu"), torch.float64
+    )
     with packed_attention(model, "sdpa"):
         batches = [collate(corpus, [0, 1]), collate(corpus, [2])]
         result = train_step(backend, batches, ObjectiveLoss(causal, SFT), max_grad_norm=0.25)
@@ -103,8 +109,12 @@ def test_a_step_moves_parameters_by_the_hand_computed_gradient():
         torch.testing.assert_close(parameter, expected, atol=1e-12, rtol=1e-9)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "adafactor", "sgd"])
-def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(optimizer, tiny_model_dir: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "adafactor", "sgd"]
+)
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    optimizer, tiny_model_dir: Path, tmp_path: Path
+):
     """Stopped in the middle of the second epoch, with dropout on; losses, weights and held-out loss compared."""
 
     def settings(name: str, **train) -> dict:
@@ -125,7 +135,9 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(optimizer, tiny_mo
 
     part, _ = build(settings("part"))
     original = part.trainer._run_step
-    part.trainer._run_step = lambda rows: original(rows) if part.trainer.step < 7 else (_ for _ in ()).throw(KeyboardInterrupt)
+    part.trainer._run_step = lambda rows: (
+        original(rows) if part.trainer.step < 7 else (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with part.packed(), pytest.raises(KeyboardInterrupt):
         part.trainer.train()
 
@@ -151,7 +163,9 @@ def test_recomputing_layers_changes_nothing(tiny_model_dir: Path, tmp_path: Path
     for policy in ("keep", "recompute"):
         (tmp_path / policy).mkdir()
         run, events = build(
-            run_settings(tiny_model_dir, tmp_path / policy, adapter={"dropout": 0.1}, memory={"policy": policy})
+            run_settings(
+                tiny_model_dir, tmp_path / policy, adapter={"dropout": 0.1}, memory={"policy": policy}
+            )
         )
         assert run.fit.recompute == (policy == "recompute")
         with run.packed():
@@ -165,7 +179,9 @@ def test_micro_batch_changes_speed_only(micro_batch, tiny_model_dir: Path, tmp_p
     losses = {}
     for name, value in (("auto", "auto"), ("fixed", micro_batch)):
         (tmp_path / name).mkdir()
-        settings = run_settings(tiny_model_dir, tmp_path / name, train={"micro_batch": value, "packing": False})
+        settings = run_settings(
+            tiny_model_dir, tmp_path / name, train={"micro_batch": value, "packing": False}
+        )
         run, events = build(settings)
         with run.packed():
             run.trainer.train()

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.execute import execute
-from tunesmith.config.result import RunResult
 from tunesmith.config.load import load_settings
+from tunesmith.config.result import RunResult
 
 
 def train(

@@ -79,7 +79,9 @@ def _clipped(text: str) -> str:
 def _print_record(console: Console, row: Row) -> None:
     _stop(console, f"record · {row.where}")
     if row.record is not None:
-        console.print(_clipped(json.dumps(row.record, indent=2, ensure_ascii=False, default=str)), markup=False)
+        console.print(
+            _clipped(json.dumps(row.record, indent=2, ensure_ascii=False, default=str)), markup=False
+        )
 
 
 def _print_item(console: Console, item: Conversation | Text, name: str) -> None:
@@ -101,7 +103,10 @@ def _content(message: dict[str, Any]) -> str:
     parts = [str(message.get("content") or "")]
     if message.get("reasoning_content"):
         parts.insert(0, f"[thinks: {message['reasoning_content']}]")
-    parts += [f"[calls {json.dumps(call.get('function', call), ensure_ascii=False)}]" for call in message.get("tool_calls") or []]
+    parts += [
+        f"[calls {json.dumps(call.get('function', call), ensure_ascii=False)}]"
+        for call in message.get("tool_calls") or []
+    ]
     return " ".join(part for part in parts if part)
 
 
@@ -151,7 +156,10 @@ def _print_place(console: Console, settings: RunSettings, tokenizer: Any, row: R
             first = 0
             step = next(n for n, step in enumerate(steps) if (first := first + len(step)) > number)
             unit = "pack" if plan.packing else "row"
-            _stop(console, f"place · {unit} {number + 1} of {len(rows)}, step {step + 1} of {len(steps)} in epoch 1")
+            _stop(
+                console,
+                f"place · {unit} {number + 1} of {len(rows)}, step {step + 1} of {len(steps)} in epoch 1",
+            )
             _print_pack(console, data, rows[number], document, plan.sequence_length)
     _print_counts(console, data)
 
@@ -175,7 +183,8 @@ def _print_pack(
     bar.append("·" * max(0, width - round(used / capacity * width)), style="dim")
     console.print(bar)
     console.print(
-        f"{len(documents)} documents, {used} of {capacity} tokens; this row is the one in green", highlight=False
+        f"{len(documents)} documents, {used} of {capacity} tokens; this row is the one in green",
+        highlight=False,
     )
 
 
@@ -192,4 +201,6 @@ def _print_counts(console: Console, data: PreparedData) -> None:
             console.print(f"  dropped {count:,}: {reason}", style="yellow", markup=False)
         for example in report.examples:
             console.print(f"  {example}", style="dim", markup=False, soft_wrap=True)
-    console.print(f"{len(data.train_N):,} documents train, {len(data.held_out_N):,} are held out", highlight=False)
+    console.print(
+        f"{len(data.train_N):,} documents train, {len(data.held_out_N):,} are held out", highlight=False
+    )

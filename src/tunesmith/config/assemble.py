@@ -141,7 +141,9 @@ def _identity(settings: RunSettings, data: PreparedData) -> dict[str, Any]:
     }
 
 
-def _check_space(settings: RunSettings, store: CheckpointStore, causal: CausalModel, total_steps: int) -> None:
+def _check_space(
+    settings: RunSettings, store: CheckpointStore, causal: CausalModel, total_steps: int
+) -> None:
     """Foresee a full disk: parameters and two moments per checkpoint, those that are kept and one in the making."""
     trained = sum(p.numel() * p.element_size() for p in causal.model.parameters() if p.requires_grad)
     saves = 1 + (total_steps // settings.output.save_every if settings.output.save_every else 0)
@@ -167,7 +169,11 @@ def _model_and_backend(settings: RunSettings, device: torch.device) -> tuple[Cau
     causal = CausalModel(model, dtype)
     check_head(causal)
     optimizer = build_optimizer(
-        train.optimizer, model, learning_rate=train.learning_rate, weight_decay=train.weight_decay, betas=train.betas
+        train.optimizer,
+        model,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        betas=train.betas,
     )
     return causal, SingleDevice(model, optimizer, device, dtype)
 

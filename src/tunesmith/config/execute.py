@@ -88,7 +88,9 @@ def _resume(run: Run, console: Console) -> bool:
     """Load the newest intact checkpoint, if there is one; say which damaged ones are passed over."""
 
     def on_damaged(path: Path, reason: str) -> None:
-        console.print(f"warning: passing over the damaged checkpoint {path}: {reason}", style="yellow", soft_wrap=True)
+        console.print(
+            f"warning: passing over the damaged checkpoint {path}: {reason}", style="yellow", soft_wrap=True
+        )
 
     run.store.clean_temporary()
     checkpoint = run.store.newest_intact(on_damaged)
@@ -105,7 +107,11 @@ def _answers(run: Run, questions: Sequence[str], answer_tokens: int) -> list[str
         return []
     prompts = [run.data.renderer.prompt([{"role": "user", "content": question}]) for question in questions]
     return sample_answers(
-        run.causal.model, run.tokenizer, prompts, max_new_tokens=answer_tokens, autocast=run.backend.autocast()
+        run.causal.model,
+        run.tokenizer,
+        prompts,
+        max_new_tokens=answer_tokens,
+        autocast=run.backend.autocast(),
     )
 
 
@@ -120,7 +126,16 @@ def _save(run: Run, folder: Path, outcome: Outcome) -> Path:
         f"`{name}`: {report.rows_kept:,} of {report.rows_in:,} rows"
         for name, report in run.data.reports[: len(settings.data.train)]
     ]
-    shown = ("learning_rate", "scheduler", "warmup", "optimizer", "global_batch", "sequence_length", "packing", "seed")
+    shown = (
+        "learning_rate",
+        "scheduler",
+        "warmup",
+        "optimizer",
+        "global_batch",
+        "sequence_length",
+        "packing",
+        "seed",
+    )
     facts = Facts(
         base_model=settings.model.name,
         base_revision=settings.model.revision,

@@ -79,7 +79,9 @@ def _apply_override(document: Document, override: str) -> None:
             document.problems.append(Problem(where, f"there is no {stem}", "expected a section of the file"))
             return
     last = path[-1]
-    fits = isinstance(target, dict) or (isinstance(target, list) and isinstance(last, int) and last < len(target))
+    fits = isinstance(target, dict) or (
+        isinstance(target, list) and isinstance(last, int) and last < len(target)
+    )
     if not fits:
         document.problems.append(Problem(where, f"there is no {name}", "expected a setting of the file"))
         return
@@ -121,11 +123,10 @@ def _data_path(location: Sequence[str | int], data: Any) -> KeyPath:
 def _names_other_member(location: Sequence[str | int], data: Any) -> bool:
     """Whether an error comes from a union member of another shape: a section where a list stands, or the reverse."""
     for index, part in enumerate(location):
-        if isinstance(data, dict) and part in data:
+        in_section = isinstance(data, dict) and part in data
+        if in_section or (isinstance(data, list) and isinstance(part, int) and part < len(data)):
             data = data[part]
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
-            data = data[part]
-        elif isinstance(part, str) and index < len(location) - 1 or location[-1] == part:
+        elif (isinstance(part, str) and index < len(location) - 1) or location[-1] == part:
             text = str(part)
             if isinstance(data, dict) and text.startswith("tuple["):
                 return True
@@ -157,7 +158,9 @@ def _problem(document: Document, path: KeyPath, errors: list[ErrorDetails]) -> P
         message = text.format(**context) if text else each["msg"].removeprefix("Value error, ")
         if message not in expected:
             expected.append(message)
-    allowed = [w.strip("'") for e in errors for w in re.findall(r"'[^']*'", e.get("ctx", {}).get("expected", ""))]
+    allowed = [
+        w.strip("'") for e in errors for w in re.findall(r"'[^']*'", e.get("ctx", {}).get("expected", ""))
+    ]
     near = difflib.get_close_matches(str(value), allowed, n=1)
     shown = repr(value) if len(repr(value)) < 80 else repr(value)[:77] + "..."
     return Problem(
@@ -173,7 +176,9 @@ def _validation_problems(error: ValidationError, document: Document) -> list[Pro
     for each in error.errors():
         if not _names_other_member(each["loc"], document.data):
             by_path.setdefault(_data_path(each["loc"], document.data), []).append(each)
-    shadowed = {path for path in by_path if any(other[: len(path)] == path and other != path for other in by_path)}
+    shadowed = {
+        path for path in by_path if any(other[: len(path)] == path and other != path for other in by_path)
+    }
     return [_problem(document, path, errors) for path, errors in by_path.items() if path not in shadowed]
 
 
@@ -205,7 +210,9 @@ def load_settings(source: str | Path | Mapping[str, Any], overrides: Sequence[st
         settings = RunSettings.model_validate(document.data)
     except ValidationError as error:
         raise ConfigError(document.problems + _validation_problems(error, document)) from None
-    broken = [Problem(document.place(path), found, expected) for path, found, expected in broken_rules(settings)]
+    broken = [
+        Problem(document.place(path), found, expected) for path, found, expected in broken_rules(settings)
+    ]
     if document.problems or broken:
         raise ConfigError(document.problems + broken)
     return settings

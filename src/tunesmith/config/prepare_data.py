@@ -77,13 +77,17 @@ def prepare_data(settings: RunSettings, tokenizer: Any, progress: Progress | Non
         DataError: a source cannot be read, or no row is left to train on.
     """
     renderer = make_renderer(settings, tokenizer)
-    held: Sequence[SourceSettings] = () if isinstance(settings.data.eval, HeldOutSettings) else settings.data.eval
+    held: Sequence[SourceSettings] = (
+        () if isinstance(settings.data.eval, HeldOutSettings) else settings.data.eval
+    )
     sources = [*settings.data.train, *held]
     tables = [_tokenize(settings, source, renderer, progress) for source in sources]
     corpus = Corpus(tables, [source.weight for source in sources])
     in_training = sum(len(table) for table in tables[: len(settings.data.train)])
     if isinstance(settings.data.eval, HeldOutSettings):
-        train_N, held_out_N = corpus.hold_out(settings.data.eval.fraction, settings.data.eval.max_rows, settings.train.seed)
+        train_N, held_out_N = corpus.hold_out(
+            settings.data.eval.fraction, settings.data.eval.max_rows, settings.train.seed
+        )
     else:
         train_N, held_out_N = np.arange(in_training), np.arange(in_training, len(corpus))
     if not len(train_N):

@@ -42,9 +42,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("train", "micro_batch"),
-        lambda s: isinstance(s.train.micro_batch, int)
-        and isinstance(s.train.global_batch, int)
-        and s.train.micro_batch > s.train.global_batch,
+        lambda s: (
+            isinstance(s.train.micro_batch, int)
+            and isinstance(s.train.global_batch, int)
+            and s.train.micro_batch > s.train.global_batch
+        ),
         "train.micro_batch is larger than train.global_batch",
         "a micro-batch is a part of the global batch: lower it, or leave it at auto",
     ),
@@ -61,4 +63,8 @@ def broken_rules(settings: RunSettings) -> Iterator[Broken]:
     for axis in _AXES:
         size = getattr(settings.parallel, axis)
         if size > 1:
-            yield ("parallel", axis), f"parallel.{axis} is {size}", "this version trains on one device, so it must be 1"
+            yield (
+                ("parallel", axis),
+                f"parallel.{axis} is {size}",
+                "this version trains on one device, so it must be 1",
+            )

@@ -18,7 +18,16 @@ from tunesmith._version import __version__
 from tunesmith.contracts.errors import StorageError, UserError
 from tunesmith.settings.run import RunSettings
 
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+)
 
 
 def versions() -> dict[str, str]:
@@ -47,7 +56,9 @@ def claimed_run_dir(folder: Path) -> Iterator[Path]:
         raise UserError(f"output.dir: {folder} is not a folder.", hint="Choose another output.dir.") from None
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise StorageError(f"output.dir: the disk of {folder} is full.", hint="Free some space.") from None
+            raise StorageError(
+                f"output.dir: the disk of {folder} is full.", hint="Free some space."
+            ) from None
         raise StorageError(
             f"output.dir: {folder} cannot be written ({error.strerror}).", hint="Choose another output.dir."
         ) from None
@@ -56,7 +67,8 @@ def claimed_run_dir(folder: Path) -> Iterator[Path]:
     except OSError:
         os.close(lock)
         raise UserError(
-            f"output.dir: another process is training in {folder}.", hint="Wait for it, or choose another output.dir."
+            f"output.dir: another process is training in {folder}.",
+            hint="Wait for it, or choose another output.dir.",
         ) from None
     try:
         yield folder

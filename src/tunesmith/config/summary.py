@@ -38,7 +38,11 @@ def _model_line(run: Run) -> str:
     trained = sum(p.numel() for _, p in parameters if p.requires_grad)
     added = trained if settings.adapter.kind == "lora" else 0
     everything = run.causal.base.num_parameters() - added
-    held = "4-bit NF4" if settings.model.quantize == "nf4" else str(run.causal.compute_dtype).removeprefix("torch.")
+    held = (
+        "4-bit NF4"
+        if settings.model.quantize == "nf4"
+        else str(run.causal.compute_dtype).removeprefix("torch.")
+    )
     what = f"LoRA rank {settings.adapter.rank}" if settings.adapter.kind == "lora" else "all parameters"
     if settings.adapter.path:
         what = f"the adapter {settings.adapter.path}"
@@ -55,7 +59,9 @@ def data_lines(run: Run) -> list[str]:
     for number, (name, report) in enumerate(run.data.reports):
         kind = "" if number < training else " (held out)"
         dropped = "".join(f", {count:,} dropped: {reason}" for reason, count in report.dropped.items())
-        cut = f", {report.truncated:,} cut at {run.settings.train.sequence_length}" if report.truncated else ""
+        cut = (
+            f", {report.truncated:,} cut at {run.settings.train.sequence_length}" if report.truncated else ""
+        )
         lines.append(f"{name}{kind}: {report.rows_kept:,} rows as {report.format}{cut}{dropped}")
         lines += [f"  {example}" for example in report.examples[:3]]
     return lines
@@ -75,7 +81,11 @@ def _plan_lines(run: Run) -> list[str]:
     batch = settings.train.global_batch
     kept = "layers recomputed in backward" if run.fit.recompute else "activations kept"
     grouping = run.trainer.grouping
-    micro = f"{grouping.rows_per_batch} rows" if grouping.rows_per_batch else f"up to {grouping.max_tokens:,} tokens"
+    micro = (
+        f"{grouping.rows_per_batch} rows"
+        if grouping.rows_per_batch
+        else f"up to {grouping.max_tokens:,} tokens"
+    )
     return [
         f"{len(lengths_N):,} rows, {int(lengths_N.sum()):,} tokens → {count:,} {unit}; "
         f"{len(run.data.held_out_N):,} rows held out",
@@ -96,7 +106,9 @@ def print_plan(console: Console, run: Run) -> None:
     console.print(grid, highlight=False)
 
 
-def print_answers(console: Console, questions: Sequence[str], before: Sequence[str], after: Sequence[str]) -> None:
+def print_answers(
+    console: Console, questions: Sequence[str], before: Sequence[str], after: Sequence[str]
+) -> None:
     """Show sample answers before and after training."""
     for question, old, new in zip(questions, before, after, strict=True):
         grid = _grid()
@@ -114,7 +126,9 @@ def print_result(console: Console, result: RunResult) -> None:
     if result.first_eval is not None and result.last_eval is not None:
         change = result.last_eval / result.first_eval - 1
         if np.isfinite(change):
-            grid.add_row("held-out loss", f"{result.first_eval:.4f} → [bold]{result.last_eval:.4f}[/] ({change:+.1%})")
+            grid.add_row(
+                "held-out loss", f"{result.first_eval:.4f} → [bold]{result.last_eval:.4f}[/] ({change:+.1%})"
+            )
     if result.tokens:
         speed = result.tokens / result.seconds
         grid.add_row(
@@ -128,10 +142,13 @@ def print_result(console: Console, result: RunResult) -> None:
         grid.add_row("loss curve", escape(str(result.loss_curve)))
     console.print(grid, highlight=False, soft_wrap=True)
     if result.loss_curve is None:
-        console.print("For a loss curve install matplotlib: pip install 'tunesmith[plot]'", style="dim", markup=False)
+        console.print(
+            "For a loss curve install matplotlib: pip install 'tunesmith[plot]'", style="dim", markup=False
+        )
     if result.reason == "interrupted":
         console.print(
-            f"Stopped after step {result.steps} and saved. The same command goes on from there.", style="yellow"
+            f"Stopped after step {result.steps} and saved. The same command goes on from there.",
+            style="yellow",
         )
     if result.reason == "time":
         console.print("train.max_hours is over. Raise it and run the same command to go on.", style="yellow")

@@ -23,14 +23,21 @@ class _CoreLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # PyYAML's own name
 
 
+_FLOAT = (
+    r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", r"~|null|Null|NULL|", "~nN\0"),
     ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
-    ("float", r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+.0123456789"),
+    ("float", _FLOAT, "-+.0123456789"),
     ("merge", r"<<", "<"),
 ):  # fmt: skip
-    _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+    _CoreLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
+    )
 _CoreLoader.yaml_implicit_resolvers[""] = _CoreLoader.yaml_implicit_resolvers.get("\0", [])
 
 
@@ -55,7 +62,7 @@ def _convert(node: yaml.Node, path: KeyPath, document: Document, name: str, load
     if isinstance(node, yaml.SequenceNode):
         return [_convert(child, (*path, i), document, name, loader) for i, child in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)  # type: ignore[no-untyped-call]
+        return loader.construct_object(node)
     result: dict[Any, Any] = {}
     merged: dict[Any, Any] = {}
     for key_node, value_node in node.value:
@@ -64,7 +71,7 @@ def _convert(node: yaml.Node, path: KeyPath, document: Document, name: str, load
             for part in reversed(parts):
                 merged.update(_convert(part, path, document, name, loader))
             continue
-        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node)
         place = f"{name}:{key_node.start_mark.line + 1}"
         if not isinstance(key, str):
             document.problems.append(Problem(place, f"the key {key!r}", "expected a name"))
@@ -79,7 +86,7 @@ def _convert(node: yaml.Node, path: KeyPath, document: Document, name: str, load
 
 def parse_scalar(text: str) -> Any:
     """A value as it would be read from a file; for overrides on the command line."""
-    return yaml.load(text, Loader=_CoreLoader)  # noqa: S506  # a SafeLoader
+    return yaml.load(text, Loader=_CoreLoader)  # a SafeLoader
 
 
 def parse_yaml(text: str, name: str) -> Document:
@@ -102,5 +109,5 @@ def parse_yaml(text: str, name: str) -> Document:
     except RecursionError:
         document.problems.append(Problem(name, "nested too deeply", "expected sections of settings"))
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
     return document

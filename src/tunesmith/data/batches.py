@@ -70,7 +70,9 @@ class Corpus:
         source, index = self.locate(document)
         return source.where(index)
 
-    def hold_out(self, fraction: float, max_rows: int | None, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def hold_out(
+        self, fraction: float, max_rows: int | None, seed: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Split the document numbers into (train, held out); at least one document stays in training."""
         count = min(round(len(self) * fraction), max_rows or len(self), len(self) - 1)
         if fraction > 0 and len(self) > 1:

@@ -194,7 +194,6 @@ class _JsonText:
             if self.expect(",}") == "}":
                 break
         self.position = target
-        self._counted, self._line = 0, 1
 
 
 def _key_of_rows(value: dict[str, Any]) -> str | None:

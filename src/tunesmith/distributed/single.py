@@ -28,7 +28,11 @@ class SingleDevice:
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, compute_dtype: torch.dtype
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        compute_dtype: torch.dtype,
     ) -> None:
         self.module = module
         self.optimizer = optimizer
@@ -38,7 +42,9 @@ class SingleDevice:
 
     def autocast(self) -> torch.autocast:
         """The context in which forward passes run."""
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
+        return torch.autocast(
+            self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
+        )
 
     def forward_backward(self, micro_batches: Sequence[TokenBatch], loss: Loss) -> Gradients:
         """Accumulate gradients over CPU micro-batches; the denominator is counted before the first forward."""
@@ -48,7 +54,7 @@ class SingleDevice:
         for batch in micro_batches:
             with self.autocast():
                 value = loss(batch.to(self.device), total)
-            self.scaler.scale(value).backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(value).backward()
             losses.append(value.detach())
         return Gradients(tuple(losses), total)
 

@@ -69,7 +69,10 @@ def model_card(facts: Facts) -> str:
     kind = "A LoRA adapter for" if facts.adapter else "A fine-tuned version of"
     held = ", trained on 4-bit (NF4) base weights" if facts.quantize == "nf4" else ""
     lines = [*_front_matter(facts), "", f"# {kind} {facts.base_model}", ""]
-    lines += [f"{kind} `{facts.base_model}`{held}, made with tunesmith {facts.versions.get('tunesmith', '')}.", ""]
+    lines += [
+        f"{kind} `{facts.base_model}`{held}, made with tunesmith {facts.versions.get('tunesmith', '')}.",
+        "",
+    ]
     lines += ["## Training", ""]
     figures: dict[str, object] = {
         "rows": f"{facts.rows:,}",
@@ -79,7 +82,13 @@ def model_card(facts: Facts) -> str:
     if facts.first_eval is not None and facts.last_eval is not None:
         figures["held-out loss before"] = f"{facts.first_eval:.4f}"
         figures["held-out loss after"] = f"{facts.last_eval:.4f}"
-    lines += [*_table(figures, "figure", "value"), "", "Data:", *(f"- {source}" for source in facts.sources), ""]
+    lines += [
+        *_table(figures, "figure", "value"),
+        "",
+        "Data:",
+        *(f"- {source}" for source in facts.sources),
+        "",
+    ]
     lines += [*_table(facts.hyperparameters, "setting", "value"), ""]
     lines += ["`run.yaml` beside this file repeats the run: `tunesmith train run.yaml`.", ""]
     lines += ["## Use", "", "```python", _LOAD_ADAPTER if facts.adapter else _LOAD_MODEL, "```", ""]

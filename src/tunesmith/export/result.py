@@ -70,12 +70,15 @@ def _set_json(path: Path, changes: Mapping[str, Any]) -> None:
 def _name_base_model(path: Path, name: str, revision: str | None) -> None:
     """PEFT writes what the model was loaded from; a relative folder would not be found from elsewhere."""
     local = Path(name).expanduser()
-    _set_json(path, {"base_model_name_or_path": str(local.resolve()) if local.is_dir() else name, "revision": revision})
+    _set_json(
+        path,
+        {"base_model_name_or_path": str(local.resolve()) if local.is_dir() else name, "revision": revision},
+    )
 
 
 def _replace_folder(new: Path, target: Path) -> None:
     old = target.with_name(f".tmp-old-{target.name}-{os.getpid()}")
     if target.exists():
-        os.rename(target, old)
-    os.rename(new, target)
+        target.rename(old)
+    new.rename(target)
     shutil.rmtree(old, ignore_errors=True)

@@ -108,7 +108,11 @@ class _Gradients:
         """The three gradients times `factor`, in the types of what they belong to."""
         hidden = None if self.hidden_SD is None else (self.hidden_SD * factor).to(hidden_dtype)
         weight = None if self.weight_VD is None else (self.weight_VD * factor).to(like.weight_VD.dtype)
-        bias = None if self.bias_V is None or like.bias_V is None else (self.bias_V * factor).to(like.bias_V.dtype)
+        bias = (
+            None
+            if self.bias_V is None or like.bias_V is None
+            else (self.bias_V * factor).to(like.bias_V.dtype)
+        )
         return hidden, weight, bias
 
 
@@ -143,7 +147,12 @@ class _LinearLogprob(torch.autograd.Function):
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_SD: Tensor, targets_S: Tensor, weights_S: Tensor, needs: tuple[bool, bool, bool], *parts: Any
+        ctx: Any,
+        hidden_SD: Tensor,
+        targets_S: Tensor,
+        weights_S: Tensor,
+        needs: tuple[bool, bool, bool],
+        *parts: Any,
     ) -> Tensor:
         head = _Head(*parts)
         accumulate = _accumulation_dtype(hidden_SD)

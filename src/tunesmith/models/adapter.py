@@ -18,11 +18,17 @@ from torch import nn
 from tunesmith.contracts.errors import UserError
 
 
+def _head(model: Any) -> Any:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
 def _linear_names(model: nn.Module) -> list[str]:
     """The last parts of the names of all linear layers, such as `q_proj`, without the head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = _head(model)
     names = {
-        name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
     }
     return sorted(names)
 
@@ -37,7 +43,7 @@ def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
                 f"adapter.targets: no linear layer of {type(model).__name__} is called {target!r}.",
                 hint=f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}.",
             )
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = _head(model)
     for name, module in model.named_modules():
         if module is head and any(name == t or name.endswith(f".{t}") for t in targets):
             raise UserError(

@@ -28,7 +28,6 @@ from tunesmith.contracts.batch import TokenBatch
 from tunesmith.contracts.errors import UserError
 
 
-
 def document_kwargs(batch: TokenBatch) -> dict[str, Any]:
     """The keyword arguments by which a packed row's document boundaries reach every attention layer."""
     return {
@@ -132,7 +131,12 @@ def sdpa_attention(
         parts = [(query, key, value)]
     else:
         parts = list(
-            zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)
+            zip(
+                query.split(lengths, dim=2),
+                key.split(lengths, dim=2),
+                value.split(lengths, dim=2),
+                strict=True,
+            )
         )
     outputs = [
         _one_document(q, k, v, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap)
@@ -176,8 +180,11 @@ def varlen_attention(
     from torch.nn.attention.varlen import varlen_attn
 
     cu_seqlens, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    query_THK, key_TGK, value_TGK = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     output_THK = varlen_attn(
-        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
+        query_THK,
+        key_TGK,
+        value_TGK,
         cu_seqlens,
         cu_seqlens,
         longest,

@@ -26,7 +26,8 @@ def convert_gguf(source: Path, folder: Path) -> Path:
         import gguf  # noqa: F401
     except ImportError:
         raise UserError(
-            "Reading a GGUF file needs the package gguf.", hint="Install it with `pip install 'tunesmith[gguf]'`."
+            "Reading a GGUF file needs the package gguf.",
+            hint="Install it with `pip install 'tunesmith[gguf]'`.",
         ) from None
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -41,7 +42,7 @@ def convert_gguf(source: Path, folder: Path) -> Path:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         if not folder.exists():
-            os.rename(temporary, folder)
+            temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder

@@ -43,7 +43,12 @@ class HeadScorer:
     def logprob(self) -> Tensor:
         """Log-probability of every supervised token, float32 `[S]`, differentiable."""
         return linear_logprob(
-            self.hidden_SD, self.weight_VD, self.targets_S, bias_V=self.bias_V, scale=self.scale, softcap=self.softcap
+            self.hidden_SD,
+            self.weight_VD,
+            self.targets_S,
+            bias_V=self.bias_V,
+            scale=self.scale,
+            softcap=self.softcap,
         )
 
     def cross_entropy(self, weights_S: Tensor) -> Tensor:

@@ -39,7 +39,9 @@ def _check_local(name: str) -> None:
         if not (path / "config.json").is_file():
             raise UserError(
                 f"model.name: the folder {path} holds no config.json, so it is not a Hugging Face model.",
-                hint="A LoRA adapter goes to adapter.path." if (path / "adapter_config.json").is_file() else None,
+                hint="A LoRA adapter goes to adapter.path."
+                if (path / "adapter_config.json").is_file()
+                else None,
             )
         return
     if path.is_file():
@@ -49,7 +51,8 @@ def _check_local(name: str) -> None:
         siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1)
         raise UserError(
-            f"model.name: there is no folder {path}.", hint=f"Did you mean {path.parent / near[0]}?" if near else None
+            f"model.name: there is no folder {path}.",
+            hint=f"Did you mean {path.parent / near[0]}?" if near else None,
         )
 
 
@@ -72,7 +75,10 @@ def _explain(name: str, error: Exception) -> UserError:
             f"model.name: {name} is gated on the Hugging Face hub, and you have no access with this login.",
             hint=f"Ask for access at https://huggingface.co/{name}, then run `hf auth login` or set HF_TOKEN.",
         )
-    if caused_by(hub.RepositoryNotFoundError, hub.HFValidationError) or "not a valid model identifier" in text:
+    if (
+        caused_by(hub.RepositoryNotFoundError, hub.HFValidationError)
+        or "not a valid model identifier" in text
+    ):
         return UserError(
             f"model.name: {name} is neither a local folder nor a model on the Hugging Face hub that you can see.",
             hint="Check the spelling; a private model needs `hf auth login` or HF_TOKEN.",
@@ -90,7 +96,9 @@ def _explain(name: str, error: Exception) -> UserError:
             hint="Read that code, then set model.trust_remote_code: true.",
         )
     if "safetensors" in text or "does not appear to have a file named" in text:
-        return UserError(f"model.name: {name} has no weights in safetensors, and pickled weights are not loaded.")
+        return UserError(
+            f"model.name: {name} has no weights in safetensors, and pickled weights are not loaded."
+        )
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UserError(f"model.name: {name} cannot be loaded: {first}")
 

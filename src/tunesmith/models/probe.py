@@ -50,7 +50,11 @@ def saved_bytes_per_token(causal: CausalModel, autocast: torch.autocast) -> floa
 
     kept: list[Tensor] = []
     devices: list[Any] = [causal.device] if causal.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), autocast:
+    with (
+        torch.random.fork_rng(devices),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        autocast,
+    ):
         hidden_TD = causal.hidden(probe_batch(PROBE_TOKENS).to(causal.device))
     assert hidden_TD.requires_grad
     return sum(held.values()) / PROBE_TOKENS

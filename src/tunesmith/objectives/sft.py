@@ -1,6 +1,6 @@
 """Supervised fine-tuning: the mean cross-entropy over the supervised tokens of a step.
 
-    loss = −Σ_s w_s · logprob_s / Σ_s w_s,   both sums over all micro-batches of the step
+loss = −Σ_s w_s · logprob_s / Σ_s w_s,   both sums over all micro-batches of the step
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class SourceSettings(Section):
     `datasets`, folder of such files, or a Hugging Face id. Relative paths start at the current directory."""
     format: FormatName = "auto"
     """How a row becomes a conversation; `auto` decides by the columns. `completion` is another name of `text`."""
-    columns: Annotated[dict[str, str], Field(strict=False)] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
     """Renames: the format's own column name to the name in your data, such as `{prompt: question}`."""
     weight: float = Field(default=1.0, gt=0)
     """How often a row appears per epoch on average: 2 shows every row twice, 0.5 a random half of them."""

@@ -6,7 +6,15 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+)
 from rich.text import Text
 
 from tunesmith.contracts.events import Evaluated, Event, Finished, Saved, Started, Stepped, Warned
@@ -76,13 +84,17 @@ class ConsoleView:
             _TimeLeft(),
             console=self._console,
         )
-        self._task = self._progress.add_task("train", total=event.total_steps, completed=event.step, figures="")
+        self._task = self._progress.add_task(
+            "train", total=event.total_steps, completed=event.step, figures=""
+        )
         self._progress.start()
 
     def _stepped(self, event: Stepped) -> None:
         if event.applied:
             self._loss = event.loss if self._loss is None else _mix(self._loss, event.loss)
-        self._rate = event.tokens_per_second if self._rate is None else _mix(self._rate, event.tokens_per_second)
+        self._rate = (
+            event.tokens_per_second if self._rate is None else _mix(self._rate, event.tokens_per_second)
+        )
         self._train_seconds += event.seconds
         done = event.step - self._first_step
         left = self._train_seconds / done * (self._total - event.step)
@@ -103,9 +115,11 @@ class ConsoleView:
         self._console.print(f"checkpoint {event.path}", style="dim", highlight=False, soft_wrap=True)
 
     def _warned(self, event: Warned) -> None:
-        self._console.print(f"warning: {event.message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        self._console.print(
+            f"warning: {event.message}", style="yellow", highlight=False, markup=False, soft_wrap=True
+        )
 
-    def _finished(self, event: Finished) -> None:
+    def _finished(self, _event: Finished) -> None:
         self.close()
 
 

@@ -16,7 +16,9 @@ from tunesmith.data.batches import Corpus
 from tunesmith.training.step import StepResult
 
 
-def write_fault(folder: Path, step: int, result: StepResult, batches: Sequence[TokenBatch], corpus: Corpus) -> Path:
+def write_fault(
+    folder: Path, step: int, result: StepResult, batches: Sequence[TokenBatch], corpus: Corpus
+) -> Path:
     """Write what is known about a faulty step and return the file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.json"

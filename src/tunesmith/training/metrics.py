@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -52,10 +51,12 @@ class EventLog:
     """
 
     def __init__(self, path: Path, *, keep_until: int | None = None) -> None:
-        kept = [event for event in read_events(path) if keep_until is not None and event["step"] <= keep_until]
+        kept = [
+            event for event in read_events(path) if keep_until is not None and event["step"] <= keep_until
+        ]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        temporary.replace(path)
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def on_event(self, event: Event) -> None:
@@ -115,5 +116,5 @@ def draw_loss_curve(events: list[dict[str, Any]], path: Path) -> bool:
     axes.legend(frameon=False)
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
     return True

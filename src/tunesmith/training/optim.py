@@ -23,7 +23,9 @@ def _sgd(groups: list[dict[str, Any]], rate: float, betas: tuple[float, float]) 
     return torch.optim.SGD(groups, lr=rate, momentum=betas[0])
 
 
-def _adafactor(groups: list[dict[str, Any]], rate: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+def _adafactor(
+    groups: list[dict[str, Any]], rate: float, _betas: tuple[float, float]
+) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
     return Adafactor(groups, lr=rate, scale_parameter=False, relative_step=False, warmup_init=False)

@@ -20,7 +20,15 @@ from numpy.typing import NDArray
 from tunesmith.contracts.batch import TokenBatch
 from tunesmith.contracts.errors import UserError
 from tunesmith.contracts.events import Evaluated, Event, Finished, Observer, Saved, Started, Stepped, Warned
-from tunesmith.data.batches import BatchPlan, Corpus, Row, collate, micro_batches, rows_of_epoch, steps_of_epoch
+from tunesmith.data.batches import (
+    BatchPlan,
+    Corpus,
+    Row,
+    collate,
+    micro_batches,
+    rows_of_epoch,
+    steps_of_epoch,
+)
 from tunesmith.distributed.single import SingleDevice
 from tunesmith.training.checkpoint import Checkpoint, CheckpointStore
 from tunesmith.training.evaluate import held_out_loss
@@ -179,7 +187,11 @@ class Trainer:
                     reason = "interrupted"
                     break
                 limit = self.cadence.max_seconds
-                if limit is not None and time.monotonic() - began >= limit and self.step < self.cadence.total_steps:
+                if (
+                    limit is not None
+                    and time.monotonic() - began >= limit
+                    and self.step < self.cadence.total_steps
+                ):
                     reason = "time"
                     break
             if reason != "interrupted":
@@ -207,7 +219,10 @@ class Trainer:
     def _run_step(self, rows: list[Row]) -> None:
         started = time.monotonic()
         groups = micro_batches(
-            self.corpus, rows, rows_per_batch=self.grouping.rows_per_batch, max_tokens=self.grouping.max_tokens
+            self.corpus,
+            rows,
+            rows_per_batch=self.grouping.rows_per_batch,
+            max_tokens=self.grouping.max_tokens,
         )
         batches = [collate(self.corpus, documents) for documents in groups]
         rate = self.schedule.apply(self.backend.optimizer, self.step)
@@ -222,7 +237,9 @@ class Trainer:
         report = write_fault(self.run_dir / "faults", self.step, result, batches, self.corpus)
         if self.cadence.on_non_finite == "stop":
             raise fault_error(self.step, result, report)
-        self._warn(f"The {result.fault} of step {self.step} is not finite; the step is skipped. See {report}.")
+        self._warn(
+            f"The {result.fault} of step {self.step} is not finite; the step is skipped. See {report}."
+        )
 
     # ---------------------------------------------------------------- measuring
 
@@ -243,10 +260,14 @@ class Trainer:
         )
         self.evals[self.step] = measured.loss
         self._emit(
-            Evaluated(step=self.step, loss=measured.loss, tokens=measured.tokens, seconds=time.monotonic() - started)
+            Evaluated(
+                step=self.step, loss=measured.loss, tokens=measured.tokens, seconds=time.monotonic() - started
+            )
         )
 
-    def _report_step(self, batches: list[TokenBatch], result: StepResult, rate: float, seconds: float) -> None:
+    def _report_step(
+        self, batches: list[TokenBatch], result: StepResult, rate: float, seconds: float
+    ) -> None:
         tokens = sum(batch.tokens for batch in batches)
         supervised = sum(batch.supervised for batch in batches)
         self.tokens += tokens
@@ -307,7 +328,11 @@ class Trainer:
         _check_identity(state["identity"], self.identity, checkpoint.path)
         tensors = checkpoint.tensors()
         self.backend.load_trained_parameters(
-            {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
+            {
+                name.removeprefix("model/"): tensor
+                for name, tensor in tensors.items()
+                if name.startswith("model/")
+            }
         )
         self.backend.load_state(join_state("optimizer", tensors, state["optimizer"]))
         restore_rng(tensors, state["rng"])
@@ -320,7 +345,9 @@ class Trainer:
 def _check_identity(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
-        differences = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in sorted(changed))
+        differences = "; ".join(
+            f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in sorted(changed)
+        )
         raise UserError(
             f"The checkpoint {path} belongs to a run with other settings: {differences}.",
             hint="Undo the change to go on, or choose another output.dir to start anew.",
