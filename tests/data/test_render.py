@@ -305,6 +305,8 @@ def test_template_setting(tmp_path: Path) -> None:
     assert resolve_template("auto", tokenizer) == "{{ 1 }}"
     assert resolve_template("chatml", tokenizer) == CHATML
     assert resolve_template("auto", tiny_tokenizer(None)) == CHATML
+    tokenizer.chat_template = {"rag": "{{ 3 }}", "default": "{{ 4 }}"}
+    assert resolve_template("auto", tokenizer) == "{{ 4 }}"
     (tmp_path / "own.jinja").write_text("{{ 2 }}")
     assert resolve_template(str(tmp_path / "own.jinja"), tokenizer) == "{{ 2 }}"
     with pytest.raises(DataError, match=str(tmp_path / "none.jinja")):

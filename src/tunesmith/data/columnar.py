@@ -31,7 +31,7 @@ def without_nulls(value: Any) -> Any:
 
 def read_parquet(path: Path, label: str) -> Iterator[Found]:
     """Rows of a Parquet file, in batches; the place is `file:row N`, from 0."""
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow.parquet
 
     with _arrow_errors(label, "Parquet"):
         file = pyarrow.parquet.ParquetFile(path)

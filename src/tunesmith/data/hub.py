@@ -77,7 +77,7 @@ class HubRows:
 
     def _load(self) -> Any:
         if self._loaded is None:
-            import datasets  # type: ignore[import-untyped]
+            import datasets
 
             try:
                 self._loaded = datasets.load_dataset(self._path, **self._arguments)
