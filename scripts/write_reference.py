@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference.md"
 README = ROOT / "README.md"
 TREE_BEGIN, TREE_END = "<!-- tree: begin -->\n", "<!-- tree: end -->\n"
-_LONGEST_LINE = 92
+_LONGEST_LINE = 100
 
 HEAD = """\
 # Reference
@@ -50,7 +51,7 @@ _NAMES: dict[Any, str] = {int: "whole number", float: "number", str: "text", boo
 def describe_type(annotation: Any, metadata: tuple[Any, ...] | list[Any] = ()) -> str:
     """What may stand in the file for an annotation, in the words of YAML."""
     bounds = "".join(
-        f" {sign} {getattr(item, name):g}"
+        f" {sign} {getattr(item, name)}"
         for item in metadata
         for name, sign in _BOUNDS.items()
         if getattr(item, name, None) is not None
@@ -63,9 +64,9 @@ def describe_type(annotation: Any, metadata: tuple[Any, ...] | list[Any] = ()) -
     if annotation is type(None):
         return "null"
     if origin in (Union, types.UnionType):
-        return " or ".join(describe_type(argument) for argument in arguments if argument is not type(None)) + (
-            f"{bounds} or null" if type(None) in arguments else bounds
-        )
+        return " or ".join(
+            describe_type(argument) for argument in arguments if argument is not type(None)
+        ) + (f"{bounds} or null" if type(None) in arguments else bounds)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
@@ -188,7 +189,9 @@ def _parameters(command: Any) -> Iterator[str]:
         name = _argument(parameter) if argument else ", ".join(parameter.opts)
         default = parameter.default
         shown = (
-            f" Default: {default}." if isinstance(default, int | str) and default not in (False, "") else ""
+            f" Default: {default}."
+            if isinstance(default, int | str) and not isinstance(default, bool)
+            else ""
         )
         rows.append(f"| `{name}` | {_one_line(parameter.help)}{shown} |")
     if rows:
@@ -212,23 +215,43 @@ def first_sentence(path: Path) -> str:
     sentence = re.split(r"(?<=[.])\s+(?=[A-Z`])", _one_line(text.split("\n\n")[0]))[0].rstrip(".")
     if len(sentence) <= _LONGEST_LINE:
         return sentence
-    cuts = [match.start() for match in re.finditer(r"[;:,] | \(", sentence) if 24 < match.start()]
-    fitting = [cut for cut in cuts if cut <= _LONGEST_LINE]
-    return sentence[: fitting[-1]] if fitting else sentence
+    for marks in (r"[;:] ", r"[,] | and "):  # a clause, where there is one, else half of one
+        cuts = [
+            match.start() for match in re.finditer(marks, sentence) if 16 < match.start() <= _LONGEST_LINE
+        ]
+        if cuts:
+            return sentence[: cuts[-1]]
+    return sentence
+
+
+def _sources() -> list[Path]:
+    """The files of the package that are part of the project; what git does not know yet is work in progress."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "src/tunesmith"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        listed = ""
+    known = [ROOT / name for name in listed.split("\0") if name]
+    # an archive that was unpacked is in no repository
+    everything = known or [p for p in (ROOT / "src" / "tunesmith").rglob("*") if "__pycache__" not in p.parts]
+    return [path for path in everything if path.is_file()]
 
 
 def tree() -> str:
     """The packages and files of src/tunesmith, one line each."""
-    package = ROOT / "src" / "tunesmith"
+    package, sources = ROOT / "src" / "tunesmith", _sources()
     lines = ["```text", "src/tunesmith/"]
-    for folder in [package, *sorted(p.parent for p in package.rglob("__init__.py") if p.parent != package)]:
+    for folder in sorted({path.parent for path in sources}):
         depth = len(folder.relative_to(package).parts)
-        if depth:
-            lines.append(f"{'  ' * depth}{folder.name + '/':<{24 - 2 * depth}}{first_sentence(folder / '__init__.py')}")
+        inside = sorted(path for path in sources if path.parent == folder and path.name != "__init__.py")
+        modules = [path for path in inside if path.suffix == ".py"]
+        if not inside:
+            continue  # nothing in it yet
+        if depth:  # a package's line is what stands in front of the list of its contents
+            line = first_sentence(folder / "__init__.py").partition(": ")[0]
+            lines.append(f"{'  ' * depth}{folder.name + '/':<{24 - 2 * depth}}{line}")
         lines += [
-            f"{'  ' * (depth + 1)}{path.name:<{22 - 2 * depth}}{first_sentence(path)}"
-            for path in sorted(folder.glob("*.py"))
-            if path.name != "__init__.py"
+            f"{'  ' * (depth + 1)}{path.name:<{22 - 2 * depth}}{first_sentence(path)}" for path in modules
         ]
     return "\n".join([*lines, "```"]) + "\n"
 
@@ -237,7 +260,8 @@ def readme() -> str:
     """README.md with its tree brought up to date."""
     before, begin, rest = README.read_text(encoding="utf-8").partition(TREE_BEGIN)
     _, end, after = rest.partition(TREE_END)
-    assert begin and end, f"{README} has lost the marks of its tree"
+    if not (begin and end):
+        sys.exit(f"{README} has lost the marks of its tree")
     return f"{before}{begin}{tree()}{end}{after}"
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, files
 from importlib.resources import as_file
 from importlib.resources import files as resources
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -49,6 +50,19 @@ def _model_folder(console: Console) -> Path:
         return convert_gguf(weights, folder)
 
 
+def _filled_in(value: Any, places: Mapping[str, str]) -> Any:
+    """The run file with the folders of this machine in it; not on its text, where a path could be misread."""
+    if isinstance(value, dict):
+        return {key: _filled_in(child, places) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_filled_in(child, places) for child in value]
+    if isinstance(value, str):
+        for name, folder in places.items():
+            if value == name or value.startswith(f"{name}/"):
+                return folder + value.removeprefix(name)
+    return value
+
+
 def run_demo(console: Console, overrides: Sequence[str]) -> None:
     """Fine-tune the demo model on a slice of GSM8K and show what changed."""
     console.print(
@@ -58,7 +72,7 @@ def run_demo(console: Console, overrides: Sequence[str]) -> None:
     model = _model_folder(console)
     with as_file(resources("tunesmith.config.demo")) as folder:
         text = (folder / "demo.yaml").read_text(encoding="utf-8")
-        run = yaml.safe_load(text.replace("DEMO_MODEL", str(model)).replace("DEMO_DATA", str(folder)))
+        run = _filled_in(yaml.safe_load(text), {"DEMO_MODEL": str(model), "DEMO_DATA": str(folder)})
         held_out = (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
         questions = [json.loads(line)["question"] for line in held_out[:2]]
         execute(load_settings(run, overrides), console, questions=questions)

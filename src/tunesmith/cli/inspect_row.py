@@ -6,6 +6,7 @@ import json
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text as Rich
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _TRAINED = ("black on green3", "black on pale_green3")
 _CONTEXT = ("grey66", "grey46")
+_CUT = "strike grey35"
 _CLIP = 4_000
 
 
@@ -61,7 +63,10 @@ def inspect_row(settings: RunSettings, console: Console, *, row: int, source: in
             _print_item(console, item, found.name)
             rendered = renderer.render(item)
             _print_text(console, rendered)
-            _print_tokens(console, rendered, renderer.encode([rendered])[0])
+            encoded = renderer.encode([rendered])[0]
+            limit = settings.train.sequence_length
+            _print_tokens(console, rendered, encoded, limit)
+            _print_limit(console, encoded, limit, settings.data.overlong)
         except RowProblem as problem:
             console.print(f"This row is dropped: {problem}", style="red", markup=False)
     _print_place(console, settings, tokenizer, picked, source)
@@ -69,7 +74,10 @@ def inspect_row(settings: RunSettings, console: Console, *, row: int, source: in
 
 def _stop(console: Console, title: str) -> None:
     console.print()
-    console.print(Rule(title, align="left", style="dim"))
+    if len(title) + 4 > console.width:  # a rule would cut it
+        console.print(title, markup=False, highlight=False, soft_wrap=True)
+    else:
+        console.print(Rule(Rich(title), align="left", style="dim"))
 
 
 def _clipped(text: str) -> str:
@@ -117,21 +125,42 @@ def _print_text(console: Console, rendered: Rendered) -> None:
         console.print(f"note: {note}", style="yellow", markup=False)
 
 
-def _print_tokens(console: Console, rendered: Rendered, encoded: Encoded) -> None:
-    trained = int(encoded.trained.sum())
-    _stop(console, f"tokens · {len(encoded.ids)}, of which {trained} are trained on")
+def _print_tokens(console: Console, rendered: Rendered, encoded: Encoded, limit: int) -> None:
+    """The tokens in colour; those behind the limit are struck out, and trained on by nobody."""
+    trained_T = encoded.trained & (np.arange(len(encoded.ids)) < limit)
+    _stop(console, f"tokens · {len(encoded.ids)}, of which {int(trained_T.sum())} are trained on")
     line = Rich()
-    for number, ((start, end), is_trained) in enumerate(zip(encoded.offsets, encoded.trained, strict=True)):
-        style = (_TRAINED if is_trained else _CONTEXT)[number % 2]
-        line.append(rendered.text[start:end].replace("\n", "↵\n") or "·", style=style)
+    shown = 0
+    for number, ((start, end), is_trained) in enumerate(zip(encoded.offsets, trained_T, strict=True)):
+        style = (_TRAINED if is_trained else _CONTEXT)[number % 2] if number < limit else _CUT
+        # several tokens may share one character (the bytes of an emoji): it is shown once
+        line.append(rendered.text[max(start, shown) : end].replace("\n", "↵\n") or "·", style=style)
+        shown = max(shown, end)
     console.print(line)
     legend = Rich("\n")
     legend.append(" trained on ", style=_TRAINED[0])
     legend.append("  context only", style=_CONTEXT[0])
+    if len(encoded.ids) > limit:
+        legend.append("  ")
+        legend.append("cut off", style=_CUT)
     console.print(legend)
     if not console.color_system:
         spans = "".join(rendered.text[start:end] + "\n" for start, end in rendered.spans)
         console.print(f"trained on:\n{spans}", markup=False, highlight=False)
+
+
+def _print_limit(console: Console, encoded: Encoded, limit: int, overlong: str) -> None:
+    """What becomes of a row that is too long or trains nothing."""
+    length = len(encoded.ids)
+    if length > limit and overlong != "truncate":
+        reason = f"too long ({length} tokens, train.sequence_length is {limit})"
+    elif not encoded.trained[:limit].any():
+        reason = f"nothing to train on within {limit} tokens" if length > limit else "nothing to train on"
+    else:
+        if length > limit:
+            console.print(f"cut to {limit} of its {length} tokens (train.sequence_length)", style="yellow")
+        return
+    console.print(f"This row is dropped: {reason}", style="red", markup=False)
 
 
 def _print_place(console: Console, settings: RunSettings, tokenizer: Any, row: Row, source: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import warnings
 from typing import Annotated, NoReturn
 
 import typer
@@ -28,6 +29,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace those of the file."),
 ]
+_INTERRUPTED = 130
+"""What typer turns Ctrl-C into, without a word."""
+
 RunFile = Annotated[str, typer.Argument(metavar="RUN.YAML", help="The run file.")]
 
 
@@ -88,7 +92,8 @@ def demo(overrides: Overrides = None) -> None:
 
 def _sentence(error: Exception) -> tuple[str, int]:
     """What to print for an error that is nobody's UserError, and the exit code."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if out_of_memory or "DefaultCPUAllocator: can't allocate memory" in str(error):
         return (
             "Out of memory.\nSet train.micro_batch: 1, memory.policy: recompute, or a shorter train.sequence_length.",
             1,
@@ -112,6 +117,7 @@ def run(arguments: list[str] | None = None) -> None:
 
     `--debug` is accepted anywhere and lets the traceback through.
     """
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -121,8 +127,10 @@ def run(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            _fail("interrupted", _INTERRUPTED)
+        raise
     except Exception as error:
         if debug:
             raise

@@ -54,20 +54,6 @@ class Run:
         return packed_attention(self.causal.base, self.attention)
 
 
-def refuse_several_processes() -> None:
-    """Training runs in one process; started under a launcher it would train the same thing several times.
-
-    Raises:
-        UserError: a launcher started more than one process.
-    """
-    size = int(os.environ.get("WORLD_SIZE", "1") or "1")
-    if size > 1:
-        raise UserError(
-            f"This run was launched with {size} processes, and this version trains on one device.",
-            hint="Start it with `tunesmith train` alone.",
-        )
-
-
 def _load(settings: RunSettings, device: torch.device, dtype: torch.dtype) -> Any:
     """The model with what is trained on it."""
     model_settings, adapter = settings.model, settings.adapter
@@ -147,7 +133,28 @@ def _check_space(
     """Foresee a full disk: parameters and two moments per checkpoint, those that are kept and one in the making."""
     trained = sum(p.numel() * p.element_size() for p in causal.model.parameters() if p.requires_grad)
     saves = 1 + (total_steps // settings.output.save_every if settings.output.save_every else 0)
-    store.ensure_space(trained * 3 * min(saves, settings.output.keep + 2))
+    to_come = min(saves, settings.output.keep + 2) - len(store.all())
+    store.ensure_space(trained * 3 * max(1, to_come))
+
+
+def _check_vocabulary(tokenizer: Any, data: PreparedData, causal: CausalModel) -> None:
+    """A tokenizer with more tokens than the model is common, and harmless until the data uses one of them.
+
+    Raises:
+        UserError: it does.
+    """
+    rows = causal.base.get_input_embeddings().num_embeddings
+    if len(tokenizer) <= rows:
+        return
+    for document in range(len(data.corpus)):
+        source, index = data.corpus.locate(document)
+        largest = int(source.ids(index).max())
+        if largest >= rows:
+            raise UserError(
+                f"model.name: the tokenizer makes token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) "
+                f"of {data.corpus.where(document)}, and the model has embeddings for {rows} tokens only.",
+                hint="Use the tokenizer that belongs to the model, or resize its embeddings and save it first.",
+            )
 
 
 def _cadence(settings: RunSettings, total_steps: int) -> Cadence:
@@ -184,7 +191,6 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
     Raises:
         UserError: anything that the user can mend: data, model, disk, device.
     """
-    refuse_several_processes()
     train = settings.train
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -200,6 +206,7 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
     plan = batch_plan(settings)
     total_steps = train.steps or count_steps(data.corpus, data.train_N, plan, train.epochs)
     causal, backend = _model_and_backend(settings, device)
+    _check_vocabulary(tokenizer, data, causal)
     store = CheckpointStore(run_dir / "checkpoints", keep=settings.output.keep)
     _check_space(settings, store, causal, total_steps)
     with packed_attention(causal.base, attention):

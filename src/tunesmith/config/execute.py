@@ -6,13 +6,20 @@ The CLI and the Python interface both call `execute`; there is one way to run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from tunesmith.config.result import RunResult
-from tunesmith.config.run_dir import claimed_run_dir, resolved_yaml, versions, write_run_files
+from tunesmith.config.run_dir import (
+    claimed_run_dir,
+    refuse_several_processes,
+    resolved_yaml,
+    versions,
+    write_run_files,
+)
 from tunesmith.contracts.errors import UserError
 from tunesmith.settings.run import RunSettings
 
@@ -33,7 +40,8 @@ def execute(
     Raises:
         UserError: anything that the user can mend; what was written before stays.
     """
-    with claimed_run_dir(Path(settings.output.dir)) as folder:
+    refuse_several_processes()
+    with claimed_run_dir(Path(settings.output.dir).expanduser()) as folder:
         if settings.output.resume == "never" and any((folder / "checkpoints").glob("step-*")):
             raise UserError(
                 f"output.dir: {folder} holds checkpoints, and output.resume is never.",
@@ -55,18 +63,17 @@ def _execute(
     with console.status("preparing data and model"):
         run = assemble(settings, folder)
     print_plan(console, run)
-    write_run_files(folder, settings)
     resumed = _resume(run, console)
+    write_run_files(folder, settings)  # not before: refused settings must not replace those of the checkpoint
     before = _answers(run, questions, answer_tokens)
     log = EventLog(folder / "events.jsonl", keep_until=run.trainer.step if resumed else None)
-    with ConsoleView(console) as view:
+    with closing(log), ConsoleView(console) as view:
         run.trainer.observers += [log, view]
         with run.packed():
             outcome = run.trainer.train()
-    log.close()
+    result = _save(run, folder, outcome) if outcome.reason != "interrupted" else None
     curve = folder / "loss.png"
     drawn = draw_loss_curve(read_events(folder / "events.jsonl"), curve)
-    result = _save(run, folder, outcome) if outcome.reason != "interrupted" else None
     if result is not None:
         print_answers(console, questions, before, _answers(run, questions, answer_tokens))
     finished = RunResult(
@@ -89,7 +96,11 @@ def _resume(run: Run, console: Console) -> bool:
 
     def on_damaged(path: Path, reason: str) -> None:
         console.print(
-            f"warning: passing over the damaged checkpoint {path}: {reason}", style="yellow", soft_wrap=True
+            f"warning: passing over the damaged checkpoint {path}: {reason}",
+            style="yellow",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
 
     run.store.clean_temporary()

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tunesmith.config.rules import broken_rules
-from tunesmith.config.yaml_source import Document, KeyPath, parse_scalar, parse_yaml
+from tunesmith.config.yaml_source import Document, KeyPath, parse_yaml
 from tunesmith.contracts.errors import ConfigError, Problem, UserError
 from tunesmith.settings.run import RunSettings
 
@@ -64,14 +64,18 @@ def _apply_override(document: Document, override: str) -> None:
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", name):
         document.problems.append(Problem(where, "not an override", "expected section.key=value"))
         return
-    path: KeyPath = tuple(int(part) if part.isdigit() else part for part in name.split("."))
+    value = parse_yaml(text, where)
+    if value.problems:
+        document.problems += value.problems
+        return
+    path: KeyPath = tuple(int(part) if part.isdecimal() else part for part in name.split("."))
     target = document.data
     for depth, part in enumerate(path[:-1]):
         if isinstance(target, dict) and isinstance(part, str):
-            child = target.setdefault(part, {})
-            if child is None:
-                child = target[part] = {}
-            target = child
+            if target.get(part) is None:
+                target[part] = {}
+                document.places[path[: depth + 1]] = where
+            target = target[part]
         elif isinstance(target, list) and isinstance(part, int) and part < len(target):
             target = target[part]
         else:
@@ -85,7 +89,9 @@ def _apply_override(document: Document, override: str) -> None:
     if not fits:
         document.problems.append(Problem(where, f"there is no {name}", "expected a setting of the file"))
         return
-    target[last] = parse_scalar(text)
+    target[last] = value.data
+    for inside in [place for place in document.places if place[: len(path)] == path]:
+        del document.places[inside]
     document.places[path] = where
 
 
@@ -162,7 +168,8 @@ def _problem(document: Document, path: KeyPath, errors: list[ErrorDetails]) -> P
         w.strip("'") for e in errors for w in re.findall(r"'[^']*'", e.get("ctx", {}).get("expected", ""))
     ]
     near = difflib.get_close_matches(str(value), allowed, n=1)
-    shown = repr(value) if len(repr(value)) < 80 else repr(value)[:77] + "..."
+    shown = "empty" if value is None else repr(value)
+    shown = shown if len(shown) < 80 else shown[:77] + "..."
     return Problem(
         document.place(path),
         f"{name} is {shown}",
@@ -200,10 +207,11 @@ def load_settings(source: str | Path | Mapping[str, Any], overrides: Sequence[st
         document = _read(Path(source))
         if document.data is None and not document.problems:
             raise UserError(f"{source} is empty.", hint="It needs at least model.name and data.train.")
-    if document.problems:
+    if document.data is None:
         raise ConfigError(document.problems)
     if not isinstance(document.data, dict):
-        raise ConfigError([Problem(document.place(()), "no sections", "expected model:, data: and so on")])
+        problem = Problem(document.place(()), "no sections", "expected model:, data: and so on")
+        raise ConfigError([*document.problems, problem])
     for override in overrides:
         _apply_override(document, override)
     try:

@@ -56,7 +56,7 @@ def open_settings_source(source: SourceSettings) -> Source:
 def _tokenize(
     settings: RunSettings, source: SourceSettings, renderer: Renderer, progress: Progress | None
 ) -> TokenTable:
-    cache = Path(settings.data.cache_dir) if settings.data.cache_dir else default_cache_dir()
+    cache = Path(settings.data.cache_dir).expanduser() if settings.data.cache_dir else default_cache_dir()
     return tokenize_source(
         open_settings_source(source),
         format=source.format,

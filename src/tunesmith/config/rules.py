@@ -41,6 +41,12 @@ RULES: tuple[Rule, ...] = (
         "to continue from an adapter set adapter.kind: lora",
     ),
     Rule(
+        ("adapter", "targets"),
+        lambda s: s.adapter.kind != "none" and not s.adapter.targets,
+        "adapter.targets is empty",
+        "name the linear layers that get an adapter, or write all-linear",
+    ),
+    Rule(
         ("train", "micro_batch"),
         lambda s: (
             isinstance(s.train.micro_batch, int)

@@ -15,6 +15,7 @@ from platform import python_version
 import yaml
 
 from tunesmith._version import __version__
+from tunesmith.config.yaml_source import CORE_RESOLVERS
 from tunesmith.contracts.errors import StorageError, UserError
 from tunesmith.settings.run import RunSettings
 
@@ -39,6 +40,20 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def refuse_several_processes() -> None:
+    """Training runs in one process; started under a launcher it would train the same thing several times.
+
+    Raises:
+        UserError: a launcher started more than one process.
+    """
+    size = os.environ.get("WORLD_SIZE", "").strip() or "1"
+    if size != "1":
+        raise UserError(
+            f"This run was launched with {size} processes (WORLD_SIZE), and this version trains on one device.",
+            hint="Start it with `tunesmith train` alone.",
+        )
 
 
 @contextmanager
@@ -76,14 +91,30 @@ def claimed_run_dir(folder: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that our reader (YAML 1.2) would take for a number, such as the revision 1e5."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *CORE_RESOLVERS.get(first, [])]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *CORE_RESOLVERS}
+}
+
+
 def resolved_yaml(settings: RunSettings) -> str:
     """The run file with every default filled in; it repeats the run."""
     plain = json.loads(settings.model_dump_json())
-    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+    text = yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
     return f"# tunesmith {__version__}: every setting of this run\n{text}"
 
 
 def write_run_files(folder: Path, settings: RunSettings) -> None:
-    """Write `run.yaml` and `versions.json`."""
-    (folder / "run.yaml").write_text(resolved_yaml(settings), encoding="utf-8")
-    (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+    """Write `run.yaml` and `versions.json`; each replaces an older one whole or not at all."""
+    _replace_text(folder / "run.yaml", resolved_yaml(settings))
+    _replace_text(folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tunesmith.data.packing import pack_best_fit, packing_efficiency
 
@@ -18,11 +17,27 @@ if TYPE_CHECKING:
     from tunesmith.config.result import RunResult
 
 
-def _grid() -> Table:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    return grid
+def _show(console: Console, rows: Sequence[tuple[str, str | Text]], *, whole_lines: bool = False) -> None:
+    """Names and values in two columns.
+
+    A terminal gets the values wrapped inside their column; a log, and with `whole_lines` the terminal too,
+    gets every line whole, so that a path can be copied or searched for.
+    """
+    texts = [(name, Text(value) if isinstance(value, str) else value) for name, value in rows]
+    if console.is_terminal and not whole_lines:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="bold", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, value in texts:
+            grid.add_row(name, value)
+        console.print(grid, highlight=False)
+        return
+    width = max((len(name) for name, _ in texts), default=0)
+    for name, value in texts:
+        label = name
+        for line in value.split("\n", allow_blank=True):
+            console.print(Text.assemble((f"{label:<{width}}", "bold"), "  ", line), soft_wrap=True)
+            label = ""
 
 
 def _parameters(count: int) -> str:
@@ -96,14 +111,16 @@ def _plan_lines(run: Run) -> list[str]:
 
 def print_plan(console: Console, run: Run) -> None:
     """Say what will be trained, on what, and how."""
-    grid = _grid()
-    grid.add_row("model", escape(_model_line(run)))
-    grid.add_row("data", escape("\n".join(data_lines(run))))
-    for note in sorted({note for _, report in run.data.reports for note in report.notes}):
-        grid.add_row("", escape(note))
-    grid.add_row("plan", escape("\n".join(_plan_lines(run))))
-    grid.add_row("output", escape(str(run.settings.output.dir)))
-    console.print(grid, highlight=False)
+    notes = sorted({note for _, report in run.data.reports for note in report.notes})
+    _show(
+        console,
+        [
+            ("model", _model_line(run)),
+            ("data", "\n".join([*data_lines(run), *notes])),
+            ("plan", "\n".join(_plan_lines(run))),
+            ("output", run.settings.output.dir),
+        ],
+    )
 
 
 def print_answers(
@@ -111,36 +128,31 @@ def print_answers(
 ) -> None:
     """Show sample answers before and after training."""
     for question, old, new in zip(questions, before, after, strict=True):
-        grid = _grid()
-        grid.add_row("question", escape(question))
-        grid.add_row("before", f"[dim]{escape(old)}[/]")
-        grid.add_row("after", f"[green]{escape(new)}[/]")
         console.print()
-        console.print(grid, highlight=False)
+        _show(
+            console,
+            [("question", question), ("before", Text(old, style="dim")), ("after", Text(new, style="green"))],
+        )
 
 
 def print_result(console: Console, result: RunResult) -> None:
     """Say how it went and where everything lies."""
     console.print()
-    grid = _grid()
+    rows: list[tuple[str, str | Text]] = []
     if result.first_eval is not None and result.last_eval is not None:
-        change = result.last_eval / result.first_eval - 1
-        if np.isfinite(change):
-            grid.add_row(
-                "held-out loss", f"{result.first_eval:.4f} → [bold]{result.last_eval:.4f}[/] ({change:+.1%})"
-            )
+        change = f" ({result.last_eval / result.first_eval - 1:+.1%})" if result.first_eval else ""
+        losses = Text.assemble(f"{result.first_eval:.4f} → ", (f"{result.last_eval:.4f}", "bold"), change)
+        rows.append(("held-out loss", losses))
     if result.tokens:
         speed = result.tokens / result.seconds
-        grid.add_row(
-            "training",
-            f"{result.steps} steps, {result.tokens:,} tokens in {timedelta(seconds=round(result.seconds))} "
-            f"({speed:,.0f} tokens/s with evaluation and saving)",
-        )
+        seconds = timedelta(seconds=round(result.seconds))
+        figures = f"{result.steps} steps, {result.tokens:,} tokens in {seconds}"
+        rows.append(("training", f"{figures} ({speed:,.0f} tokens/s with evaluation and saving)"))
     if result.result is not None:
-        grid.add_row(result.result.name, escape(str(result.result)))
+        rows.append((result.result.name, str(result.result)))
     if result.loss_curve is not None:
-        grid.add_row("loss curve", escape(str(result.loss_curve)))
-    console.print(grid, highlight=False, soft_wrap=True)
+        rows.append(("loss curve", str(result.loss_curve)))
+    _show(console, rows, whole_lines=True)
     if result.loss_curve is None:
         console.print(
             "For a loss curve install matplotlib: pip install 'tunesmith[plot]'", style="dim", markup=False

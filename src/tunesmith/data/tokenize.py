@@ -200,7 +200,7 @@ def _refuse(report: DataReport, label: str, overlong: Overlong, malformed: Malfo
     if malformed == "error" and broken:
         raise _refusal(report, label, broken, "Mend these rows, or set data.malformed to drop.")
     if report.rows_kept == 0:
-        hint = "data check shows each row's problem; set format and columns if the rows are read wrongly."
+        hint = "`tunesmith inspect` shows what becomes of a row; set format and columns if rows are read wrongly."
         raise _refusal(report, label, list(report.dropped), hint, none_left=True)
 
 

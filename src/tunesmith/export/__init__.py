@@ -1,1 +1,1 @@
-"""What leaves a run: merged weights, GGUF files and model cards, each checked against what was trained."""
+"""What leaves a run: the adapter or model as plain transformers and PEFT load it, and its card."""

@@ -7,15 +7,18 @@ whole model. Either way the tokenizer and its chat template lie beside it, and t
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from tunesmith.contracts.errors import StorageError
 from tunesmith.export.card import Facts, model_card
+
+_HINT = "The last checkpoint is intact: mend this and run the same command again to get the result."
 
 
 def save_result(
@@ -38,17 +41,38 @@ def save_result(
 
     Returns:
         `folder`.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written; an older result is intact.
     """
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _clean(folder)
+        _write(folder, model, tokenizer, chat_template, dtype, facts, files)
+    except SafetensorError as error:  # the writer of safetensors reports a full disk as text
+        raise StorageError(f"The result {folder} cannot be written: {error}.", hint=_HINT) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(f"The result {folder} cannot be written: {reason}.", hint=_HINT) from error
+    return folder
+
+
+def _write(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    chat_template: str | None,
+    dtype: torch.dtype,
+    facts: Facts,
+    files: Mapping[str, str],
+) -> None:
+    temporary = folder.with_name(f".tmp-{folder.name}")
     temporary.mkdir(parents=True)
     try:
         if hasattr(model, "peft_config"):
             model.save_pretrained(temporary, safe_serialization=True)
             _name_base_model(temporary / "adapter_config.json", facts.base_model, facts.base_revision)
         else:
-            state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-            model.save_pretrained(temporary, state_dict=state)
+            model.save_pretrained(temporary, state_dict=_in_dtype(model.state_dict(), dtype))
             _set_json(temporary / "config.json", {"dtype": str(dtype).removeprefix("torch.")})
         if chat_template is not None:
             tokenizer.chat_template = chat_template
@@ -59,7 +83,17 @@ def save_result(
         _replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+
+
+def _in_dtype(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Floating-point tensors as `dtype`; tied ones stay one tensor, or they would be written twice."""
+    cast: dict[tuple[object, ...], torch.Tensor] = {}
+    converted = {}
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            tensor = cast.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), tensor.to(dtype))
+        converted[name] = tensor
+    return converted
 
 
 def _set_json(path: Path, changes: Mapping[str, Any]) -> None:
@@ -76,9 +110,28 @@ def _name_base_model(path: Path, name: str, revision: str | None) -> None:
     )
 
 
+def _aside(target: Path) -> Path:
+    return target.with_name(f".tmp-old-{target.name}")
+
+
+def _clean(target: Path) -> None:
+    """Remove what a killed save left; a result that it had set aside gets its name back.
+
+    The run directory is locked, so nobody else is writing here.
+    """
+    if _aside(target).exists() and not target.exists():
+        _aside(target).rename(target)
+    for leftover in (_aside(target), target.with_name(f".tmp-{target.name}")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def _replace_folder(new: Path, target: Path) -> None:
-    old = target.with_name(f".tmp-old-{target.name}-{os.getpid()}")
     if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+        target.rename(_aside(target))
+    try:
+        new.rename(target)
+    except OSError:
+        if _aside(target).exists():
+            _aside(target).rename(target)
+        raise
+    shutil.rmtree(_aside(target), ignore_errors=True)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from tunesmith.contracts.errors import UserError
@@ -85,11 +87,11 @@ def load_lora(model: Any, path: str) -> Any:
     """Freeze `model` and continue training the adapter saved in `path`.
 
     Raises:
-        UserError: the folder holds no adapter in safetensors, or it does not fit the model.
+        UserError: the folder holds no LoRA adapter in safetensors, or it does not fit the model.
     """
-    from peft import PeftModel
+    from peft import PeftModel, PeftType
 
-    folder = Path(path)
+    folder = Path(path).expanduser()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(
@@ -97,10 +99,40 @@ def load_lora(model: Any, path: str) -> Any:
                 hint="Give the folder of an adapter saved by PEFT as safetensors.",
             )
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    except SafetensorError as error:
+        raise UserError(
+            f"adapter.path: the weights of the adapter in {folder} are damaged: {error}."
+        ) from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"adapter.path: {folder / 'adapter_config.json'} is not an adapter's: {error}."
+        ) from error
+    except (RuntimeError, ValueError) as error:
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        reason = lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
         raise UserError(f"adapter.path: the adapter in {folder} does not fit the model: {reason}") from error
+    kind = loaded.peft_config["default"].peft_type
+    if kind != PeftType.LORA:
+        raise UserError(f"adapter.path: the adapter in {folder} is {kind}, and only LoRA can be continued.")
+    _check_complete(loaded, folder)
+    return loaded
+
+
+def _check_complete(model: Any, folder: Path) -> None:
+    """PEFT passes over tensors that have no place in the model, and starts those that are not there anew."""
+    from peft import get_peft_model_state_dict
+
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        found = set(file.keys())
+    missing, surplus = expected - found, {name for name in found - expected if ".lora_" in name}
+    if missing or surplus:
+        what = f"it lacks {min(missing)}" if missing else f"the model has no place for {min(surplus)}"
+        raise UserError(
+            f"adapter.path: the adapter in {folder} does not fit the model: {what}.",
+            hint="Set model.name to the model that it was trained on.",
+        )
 
 
 def train_all(model: Any, frozen: Sequence[str]) -> Any:

@@ -125,21 +125,32 @@ class CausalModel:
 
 @torch.no_grad()
 def check_head(causal: CausalModel) -> None:
-    """Compare our head with the model's own logits on a few tokens.
+    """Compare our head with the model's own logits on a few tokens, and see that no token sees later ones.
 
     Raises:
-        UserError: they differ, so this family computes its logits in a way that is not known here.
+        UserError: they differ, so this family computes its logits in a way that is not known here; or the
+            model is an encoder.
     """
     ids = torch.arange(8, device=causal.device)[None] % causal.config.vocab_size
+    other = ids.clone()
+    other[0, -1] = 0
     was_training = causal.model.training
     causal.model.eval()
     own_TV = causal.base(input_ids=ids, use_cache=False).logits[0].float()
+    other_TV = causal.base(input_ids=other, use_cache=False).logits[0].float()
     hidden_TD = causal.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
     targets_T = own_TV.argmax(-1)
     ours_T = causal.scorer(hidden_TD, targets_T).logprob()
     theirs_T = torch.log_softmax(own_TV, -1).gather(-1, targets_T[:, None]).squeeze(-1)
     causal.model.train(was_training)
-    tolerance = 1e-3 if causal.compute_dtype in (torch.float32, torch.float64) else 5e-2
+    exact = causal.compute_dtype in (torch.float32, torch.float64)
+    tolerance = 1e-3 if exact else 5e-2
+    changed = own_TV.log_softmax(-1)[:-1] - other_TV.log_softmax(-1)[:-1]
+    if float(changed.abs().max()) > (1e-4 if exact else tolerance):  # 0 but for rounding in a causal model
+        raise UserError(
+            f"{type(causal.base).__name__} is no causal language model: its tokens see the ones behind them.",
+            hint="Encoders such as BERT cannot be trained to generate; choose a decoder model.",
+        )
     difference = float((ours_T - theirs_T).abs().max())
     if not difference <= tolerance:
         raise UserError(

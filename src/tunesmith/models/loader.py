@@ -7,11 +7,13 @@ as a dozen exception types; `_explain` turns them into what a person can do.
 from __future__ import annotations
 
 import difflib
-import json
+import errno
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from tunesmith.contracts.errors import UserError
 
@@ -32,8 +34,12 @@ def choose_dtype(setting: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def _check_local(name: str) -> None:
-    """Refuse what looks like a path but is none, before the hub is asked for it."""
+def _local_or_hub(name: str) -> str:
+    """The folder or hub id to load from; what looks like a path but is none is refused before the hub is asked.
+
+    Raises:
+        UserError: there is no such folder, or it holds no model.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -43,7 +49,7 @@ def _check_local(name: str) -> None:
                 if (path / "adapter_config.json").is_file()
                 else None,
             )
-        return
+        return str(path)
     if path.is_file():
         raise UserError(f"model.name: {path} is a file.", hint="Give the folder that holds config.json.")
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -54,6 +60,7 @@ def _check_local(name: str) -> None:
             f"model.name: there is no folder {path}.",
             hint=f"Did you mean {path.parent / near[0]}?" if near else None,
         )
+    return name
 
 
 def _explain(name: str, error: Exception) -> UserError:
@@ -85,7 +92,10 @@ def _explain(name: str, error: Exception) -> UserError:
         )
     if caused_by(hub.RevisionNotFoundError):
         return UserError(f"model.revision: {name} has no such branch, tag or commit.")
-    if caused_by(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError) or "connect" in text:
+    if (
+        caused_by(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError)
+        or "t connect to" in text
+    ):
         return UserError(
             f"model.name: {name} is not a local folder, and the Hugging Face hub cannot be reached.",
             hint="Check the network (and HF_HUB_OFFLINE), or give a local folder.",
@@ -95,15 +105,58 @@ def _explain(name: str, error: Exception) -> UserError:
             f"model.name: {name} ships its own Python code, which is not run unless you ask for it.",
             hint="Read that code, then set model.trust_remote_code: true.",
         )
+    return _explain_files(name, error, text)
+
+
+def _explain_files(name: str, error: Exception, text: str) -> UserError:
+    """A sentence for files that are there (or not) and cannot be used."""
+    if isinstance(error, SafetensorError):
+        return UserError(
+            f"model.name: the weights of {name} are damaged: {_first_line(error)}.",
+            hint="Fetch the model again; the download or the copy was probably cut off.",
+        )
+    shard = re.search(r"\S*-\d+-of-\d+\.safetensors", text)
+    if shard:
+        return UserError(
+            f"model.name: {name} is incomplete: its index names {Path(shard[0]).name}, which is not there.",
+            hint="Fetch the model again.",
+        )
+    if "Unrecognized configuration class" in text:
+        return UserError(f"model.name: {name} is no causal language model that transformers knows.")
+    if "ignore_mismatched_sizes" in text:
+        return UserError(
+            f"model.name: weights of {name} have other shapes than its config.json says.",
+            hint="Use the config.json that belongs to these weights.",
+        )
     if "safetensors" in text or "does not appear to have a file named" in text:
         return UserError(
-            f"model.name: {name} has no weights in safetensors, and pickled weights are not loaded."
+            f"model.name: {name} has no weights in safetensors, and pickled weights are not loaded.",
+            hint="Convert them once: load the model with transformers where you trust it, and save_pretrained.",
         )
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UserError(f"model.name: {name} cannot be loaded: {first}")
+    return UserError(f"model.name: {name} cannot be loaded: {_first_line(error)}")
 
 
-_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, json.JSONDecodeError)
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _is_no_fault_of_the_model(error: Exception) -> bool:
+    """Too little memory or disk: the command line has a sentence of its own for these."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or isinstance(error, torch.OutOfMemoryError)
+
+
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+)
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -114,10 +167,22 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     """
     from transformers import AutoTokenizer
 
-    _check_local(name)
+    where = _local_or_hub(name)
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except _LOAD_ERRORS as error:
+        return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        if _is_no_fault_of_the_model(error):
+            raise
+        files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+        if Path(where).is_dir() and not any((Path(where) / file).is_file() for file in files):
+            raise UserError(
+                f"model.name: {name} has no tokenizer.", hint="Copy the base model's tokenizer files into it."
+            ) from error
+        if "tokenizer" in str(error) or isinstance(error, KeyError):
+            raise UserError(
+                f"model.name: the tokenizer of {name} cannot be read: {type(error).__name__} "
+                f"{_first_line(error)}."
+            ) from error
         raise _explain(name, error) from error
 
 
@@ -137,11 +202,12 @@ def load_model(
             https://arxiv.org/abs/2305.14314).
 
     Raises:
-        UserError: it does not exist, is gated, cannot be reached, or is no causal language model.
+        UserError: it does not exist, is gated, cannot be reached, is damaged or incomplete, or is no causal
+            language model.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    _check_local(name)
+    where = _local_or_hub(name)
     options: dict[str, Any] = {}
     if quantize == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
@@ -151,20 +217,39 @@ def load_model(
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where,
             dtype=dtype,
             device_map={"": str(device)},
             revision=revision,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
             **options,
         )
     except _LOAD_ERRORS as error:
+        if _is_no_fault_of_the_model(error):
+            raise
         raise _explain(name, error) from error
+    model, report = loaded
+    _refuse_missing(name, model, report["missing_keys"])
     _keep_scales_exact(model)
     model.requires_grad_(False)
     return model
+
+
+def _refuse_missing(name: str, model: Any, missing: set[str]) -> None:
+    """transformers fills parameters that the files lack with random numbers; nobody wants to train those."""
+    if not missing:
+        return
+    built = type(model).__name__
+    meant = ", ".join(model.config.architectures or ["unknown"])
+    raise UserError(
+        f"model.name: the weights of {name} lack {len(missing)} of the tensors of {built}, such as {min(missing)}.",
+        hint="Fetch the model again; it is incomplete."
+        if built in meant
+        else f"Its config.json says {meant}: is it a causal language model?",
+    )
 
 
 def _keep_scales_exact(model: Any) -> None:

@@ -1,1 +1,1 @@
-"""What fits and how fast: architecture rows, cost model and solver. Torch-free, so it answers at once."""
+"""What fits, and what is known about architectures. Torch-free, so it answers at once."""

@@ -54,7 +54,8 @@ def fit_micro_batch(
     """
     usable = USABLE * max(free_bytes, 0)
     recomputed_per_token = input_per_token * layers + kept_per_token / layers
-    recompute = policy == "recompute" or (policy == "auto" and kept_per_token * row_tokens > usable)
+    too_much = kept_per_token * row_tokens > usable and recomputed_per_token < kept_per_token
+    recompute = policy == "recompute" or (policy == "auto" and too_much)
     per_token = recomputed_per_token if recompute else kept_per_token
     tokens = min(BUSY_TOKENS[device], int(usable / per_token)) if per_token else BUSY_TOKENS[device]
     return Fit(recompute=recompute, tokens=max(tokens, 1), bytes_per_token=per_token)

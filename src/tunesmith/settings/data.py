@@ -56,4 +56,4 @@ class DataSettings(Section):
     malformed: Literal["drop", "error"] = "drop"
     """What becomes of a row that cannot be read or would train no token; always counted and named."""
     cache_dir: str | None = None
-    """Folder of the tokenised cache; by default `~/.cache/tunesmith` (or `$TUNESMITH_CACHE`)."""
+    """Folder of the tokenised cache; by default `~/.cache/tunesmith/tokens` (`$TUNESMITH_CACHE/tokens`)."""

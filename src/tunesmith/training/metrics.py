@@ -108,6 +108,7 @@ def draw_loss_curve(events: list[dict[str, Any]], path: Path) -> bool:
                 f"{event['loss']:.3f}", (event["step"], event["loss"]),
                 textcoords="offset points", xytext=(6, 6), color="#c8501e",
             )  # fmt: skip
+    axes.margins(x=0.08, y=0.12)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
 
 def quiet_libraries() -> None:
     """Silence progress bars and warnings of transformers, datasets and bitsandbytes; errors still come through."""
+    os.environ["TQDM_DISABLE"] = "1"  # for bars that transformers draws without asking its own setting
     import datasets
+    import huggingface_hub.utils
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     datasets.utils.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|datasets|torch)\.")

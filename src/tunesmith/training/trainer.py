@@ -7,6 +7,7 @@ the data. Checkpoints lie between optimizer steps, so nothing of a half-done acc
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -148,7 +149,7 @@ class Trainer:
         self.position = Position()
         self.evals: dict[int, float] = {}
         self.tokens = 0
-        self.faults = 0
+        self._began = time.monotonic()
 
     # ---------------------------------------------------------------- the loop
 
@@ -159,7 +160,7 @@ class Trainer:
             NonFiniteError: a loss or gradient was not finite and the settings say to stop there.
             StorageError: a checkpoint could not be written.
         """
-        began = time.monotonic()
+        began = self._began = time.monotonic()
         resumed = self.step > 0
         self._emit(
             Started(
@@ -233,9 +234,10 @@ class Trainer:
         self._report_step(batches, result, rate, time.monotonic() - started)
 
     def _handle_fault(self, result: StepResult, batches: list[TokenBatch]) -> None:
-        self.faults += 1
         report = write_fault(self.run_dir / "faults", self.step, result, batches, self.corpus)
         if self.cadence.on_non_finite == "stop":
+            self._save()  # nothing of the step was applied: what was learned before it is worth keeping
+            self._emit(Finished(step=self.step, reason="non-finite", seconds=time.monotonic() - self._began))
             raise fault_error(self.step, result, report)
         self._warn(
             f"The {result.fault} of step {self.step} is not finite; the step is skipped. See {report}."
@@ -259,6 +261,8 @@ class Trainer:
             autocast=self.backend.autocast(),
         )
         self.evals[self.step] = measured.loss
+        if not math.isfinite(measured.loss):
+            self._warn(f"The held-out loss at step {self.step} is {measured.loss}: the model has diverged.")
         self._emit(
             Evaluated(
                 step=self.step, loss=measured.loss, tokens=measured.tokens, seconds=time.monotonic() - started
@@ -338,16 +342,17 @@ class Trainer:
         restore_rng(tensors, state["rng"])
         self.step = state["step"]
         self.position = Position(state["epoch"], state["step_in_epoch"])
-        self.grouping = MicroBatching(*state["grouping"])
+        if self.grouping.rows_per_batch is None:  # a number in the settings counts; `auto` is what it was
+            self.grouping = MicroBatching(*state["grouping"])
         self.evals = {int(step): loss for step, loss in state["evals"].items()}
 
 
 def _check_identity(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    changed = sorted(name for name in {**before, **now} if before.get(name) != now.get(name))
     if changed:
-        differences = "; ".join(
-            f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in sorted(changed)
-        )
+        named = [name for name in changed if name != "data"]
+        differences = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in named)
+        differences = differences or "its data has changed"
         raise UserError(
             f"The checkpoint {path} belongs to a run with other settings: {differences}.",
             hint="Undo the change to go on, or choose another output.dir to start anew.",

@@ -1,0 +1,458 @@
+"""Every kernel in one table: what computes it, what it is measured against, on which inputs, and what it costs.
+
+Tests, benchmarks and the canary walk `CATALOG`; a kernel that is not in it is not tested. A new kernel is one row
+and one function that makes its inputs.
+
+A size is a plain dict of the numbers and options that `cases` reads. Bytes count every operand once, as read or
+written, whatever a kernel really reads twice: they are what a roofline is drawn from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.kernels.cross_entropy import (
+    logprob_,
+    logprob_reference_,
+    softmax_gradient_,
+    softmax_gradient_reference_,
+)
+from tunesmith.kernels.glu import glu, glu_backward_, glu_backward_reference_, glu_reference
+from tunesmith.kernels.nf4 import NF4_CODE, dequantize_nf4, dequantize_nf4_reference
+from tunesmith.kernels.rms_norm import (
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_backward_reference,
+    rms_norm_reference,
+)
+from tunesmith.kernels.rope import rope_qkv_, rope_qkv_reference_
+
+Size = Mapping[str, Any]
+Inputs = dict[str, Any]
+"""Arguments by name, for `op` and `reference` alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one call cannot do without.
+
+    Attributes:
+        bytes: every operand read or written once.
+        flops: additions and multiplications; an exponential counts as one.
+    """
+
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True, slots=True)
+class KernelRow:
+    """A row of the table.
+
+    Attributes:
+        name: that of the public function and of the operator `tunesmith::name`.
+        op: the public function.
+        reference: the same computation in plain torch, with the same signature.
+        cases: (size, dtype, device) → arguments.
+        small: odd sizes and every option, for tests; some milliseconds in the interpreter.
+        large: sizes of real models, for benchmarks.
+        tolerances: largest relative error against float64, ‖ours − exact‖ / ‖exact‖, of each result.
+        cost: (size, bytes of an element) → cost of a call.
+        mutates: arguments that the function writes.
+    """
+
+    name: str
+    op: Callable[..., Any]
+    reference: Callable[..., Any]
+    cases: Callable[[Size, torch.dtype, torch.device], Inputs]
+    small: tuple[Size, ...]
+    large: tuple[Size, ...]
+    tolerances: Mapping[torch.dtype, float]
+    cost: Callable[[Size, int], Cost]
+    mutates: tuple[str, ...] = ()
+
+
+# Accumulated in float32 and rounded once: the error is that of one rounding, at most half an ulp (2^-9 for
+# bfloat16, 2^-12 for float16 relative to the upper end of a binade, 2^-11 to the lower). Sums of rounded values
+# (residual sums, grad_xa from the rounded gradient) round a second time. In float32 the approximate exponential
+# and reciprocal square root of the card, 2 ulp each, are what is left.
+ROUNDED = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+# An lse of magnitude 10 is exact to 1e-6, which is a relative error of the probabilities.
+SOFTMAX = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+def _normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pad: int = 0) -> Tensor:
+    """A normal matrix whose row stride exceeds its width by `pad`."""
+    *rows, width = shape
+    return torch.randn((*rows, width + pad), device=device).to(dtype)[..., :width]
+
+
+# ---------------------------------------------------------------------- norm
+
+
+def _rms_norm_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
+    shape, pad = (size["tokens"], size["width"]), size.get("pad", 0)
+    return {
+        "hidden_TD": _normal(shape, dtype, device, pad),
+        "weight_D": _normal(shape[1:], dtype, device),
+        "eps": 1e-6,
+        "residual_TD": _normal(shape, dtype, device) if size.get("residual") else None,
+        "offset": size.get("offset", 0.0),
+    }
+
+
+def _rms_norm_cost(size: Size, itemsize: int) -> Cost:
+    elements = size["tokens"] * size["width"]
+    passes = 4 if size.get("residual") else 2
+    return Cost(passes * elements * itemsize, (5 if size.get("residual") else 4) * elements)
+
+
+def _rms_norm_backward_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
+    shape, pad = (size["tokens"], size["width"]), size.get("pad", 0)
+    summed_TD = _normal(shape, dtype, device, pad)
+    return {
+        "grad_TD": _normal(shape, dtype, device, pad),
+        "summed_TD": summed_TD,
+        "weight_D": _normal(shape[1:], dtype, device),
+        "rstd_T": torch.rsqrt(summed_TD.float().square().mean(-1) + 1e-6),
+        "add_TD": _normal(shape, dtype, device) if size.get("add") else None,
+        "weight_grad": size.get("weight_grad", False),
+        "offset": size.get("offset", 0.0),
+        "recompute": size.get("recompute", False),
+    }
+
+
+def _rms_norm_backward_cost(size: Size, itemsize: int) -> Cost:
+    elements = size["tokens"] * size["width"]
+    passes = 3 + bool(size.get("add")) + bool(size.get("recompute"))
+    return Cost(passes * elements * itemsize, (8 + 2 * bool(size.get("weight_grad"))) * elements)
+
+
+# ---------------------------------------------------------------------- rotary positions
+
+
+def _rope_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
+    tokens, heads, kv_heads, head_dim = (size[key] for key in ("tokens", "heads", "kv_heads", "head_dim"))
+    rotary_dim, rank = size.get("rotary_dim"), size.get("rank", 0)
+    columns = (heads + 2 * kv_heads) * head_dim
+    angle_TK = torch.rand((tokens, (rotary_dim or head_dim) // 2), device=device) * 6.28
+    cos_TK, sin_TK = (torch.cat([half, half], -1).to(dtype) for half in (angle_TK.cos(), angle_TK.sin()))
+    return {
+        "qkv_TN": _normal((tokens, columns), dtype, device, size.get("pad", 0)),
+        "cos_TK": cos_TK,
+        "sin_TK": sin_TK,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "rotary_dim": rotary_dim,
+        "inverse": size.get("inverse", False),
+        "xa_TR": _normal((tokens, 3 * rank), dtype, device, size.get("pad", 0)) if rank else None,
+        "b_NR": _normal((columns, rank), dtype, device) if rank else None,
+        "rank": rank,
+        "scale": 0.5,
+    }
+
+
+def _rope_cost(size: Size, itemsize: int) -> Cost:
+    tokens, rank, head_dim = size["tokens"], size.get("rank", 0), size["head_dim"]
+    rotated = (size["heads"] + size["kv_heads"]) * head_dim
+    columns = rotated + size["kv_heads"] * head_dim
+    table = 2 * tokens * (size.get("rotary_dim") or head_dim) // 2
+    elements = tokens * 2 * (columns if rank else rotated) + table + rank * (3 * tokens + columns)
+    return Cost(elements * itemsize, 3 * tokens * rotated + 2 * rank * tokens * columns)
+
+
+# ---------------------------------------------------------------------- gated linear unit
+
+
+def _glu_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
+    tokens, inner, rank = size["tokens"], size["inner"], size.get("rank", 0)
+    pad = size.get("pad", 0)
+    return {
+        "gate_up_TN": _normal((tokens, 2 * inner), dtype, device, pad),
+        "activation": size.get("activation", "silu"),
+        "xa_TR": _normal((tokens, 2 * rank), dtype, device, pad) if rank else None,
+        "b_NR": _normal((2 * inner, rank), dtype, device) if rank else None,
+        "rank": rank,
+        "scale": 0.5,
+    }
+
+
+def _glu_cost(size: Size, itemsize: int) -> Cost:
+    tokens, inner, rank = size["tokens"], size["inner"], size.get("rank", 0)
+    elements = 3 * tokens * inner + 2 * rank * (tokens + inner)
+    return Cost(elements * itemsize, tokens * inner * (4 + 4 * rank))
+
+
+def _glu_backward_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
+    tokens, inner, down = size["tokens"], size["inner"], size.get("down_rank", 0)
+    return {
+        **_glu_cases(size, dtype, device),
+        "grad_act_TI": _normal((tokens, inner), dtype, device, size.get("pad", 0)),
+        "down_dxa_TR": _normal((tokens, down), dtype, device) if down else None,
+        "down_a_RI": _normal((down, inner), dtype, device) if down else None,
+    }
+
+
+def _glu_backward_cost(size: Size, itemsize: int) -> Cost:
+    tokens, inner, rank, down = size["tokens"], size["inner"], size.get("rank", 0), size.get("down_rank", 0)
+    elements = 6 * tokens * inner + 2 * rank * (2 * tokens + inner) + down * (tokens + inner)
+    return Cost(elements * itemsize, tokens * inner * (11 + 8 * rank + 2 * down))
+
+
+# ---------------------------------------------------------------------- NF4
+
+
+def _nf4_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
+    rows, columns, blocksize = size["rows"], size["columns"], 64
+    blocks = -(-rows * columns // blocksize)
+    nested = None
+    if size.get("nested"):
+        nested = (
+            torch.randint(0, 256, (blocks,), device=device, dtype=torch.uint8),
+            torch.rand(-(-blocks // 256), device=device) + 0.5,
+            torch.linspace(-1, 1, 256, device=device),
+            torch.full((), 2.0, device=device),
+            256,
+        )
+    return {
+        "packed": torch.randint(0, 256, (-(-rows * columns // 2), 1), device=device, dtype=torch.uint8),
+        "absmax": None if nested else torch.rand(blocks, device=device) + 0.1,
+        "out_NK": torch.zeros((rows, columns + size.get("pad", 0)), device=device, dtype=dtype)[:, :columns],
+        "code": torch.tensor(NF4_CODE, device=device),
+        "blocksize": blocksize,
+        "nested": nested,
+    }
+
+
+def _nf4_cost(size: Size, itemsize: int) -> Cost:
+    elements = size["rows"] * size["columns"]
+    absmax = elements // 64 + elements // 4096 if size.get("nested") else elements // 16
+    return Cost(elements // 2 + absmax + elements * itemsize, elements)
+
+
+# ---------------------------------------------------------------------- cross-entropy
+
+
+def _logits_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
+    rows, vocabulary = size["rows"], size["vocabulary"]
+    return {
+        "logits_CV": _normal((rows, vocabulary), dtype, device, size.get("pad", 0)).mul_(4),
+        "targets_C": torch.randint(0, vocabulary, (rows,), device=device),
+        "scale": size.get("scale", 1.0),
+        "softcap": size.get("softcap"),
+    }
+
+
+def _softmax_gradient_cost(size: Size, itemsize: int) -> Cost:
+    elements = size["rows"] * size["vocabulary"]
+    return Cost(2 * elements * itemsize, 6 * elements)
+
+
+def _logprob_cost(size: Size, itemsize: int) -> Cost:
+    elements = size["rows"] * size["vocabulary"]
+    return Cost(elements * itemsize, 3 * elements)
+
+
+# ---------------------------------------------------------------------- the table
+
+_LOGITS_SMALL: tuple[Size, ...] = (
+    {"rows": 3, "vocabulary": 101},
+    {"rows": 1, "vocabulary": 9000, "pad": 8},
+    {"rows": 2, "vocabulary": 517, "scale": 0.25, "softcap": 4.0, "pad": 3},
+    {"rows": 2, "vocabulary": 64, "scale": 2.0, "softcap": 30.0},
+)
+_LOGITS_LARGE: tuple[Size, ...] = (
+    {"rows": 256, "vocabulary": 128256},
+    {"rows": 128, "vocabulary": 262144, "softcap": 30.0},
+    {"rows": 512, "vocabulary": 49152},
+)
+_ROPE_8B: Size = {"tokens": 8192, "heads": 32, "kv_heads": 8, "head_dim": 128}
+_ROPE_SMALL: Size = {"tokens": 8192, "heads": 9, "kv_heads": 3, "head_dim": 64}
+
+CATALOG: dict[str, KernelRow] = {
+    row.name: row
+    for row in (
+        KernelRow(
+            name="rms_norm",
+            op=rms_norm,
+            reference=rms_norm_reference,
+            cases=_rms_norm_cases,
+            small=(
+                {"tokens": 5, "width": 48},
+                {"tokens": 1, "width": 7, "residual": True},
+                {"tokens": 37, "width": 576, "residual": True, "pad": 5},
+                {"tokens": 3, "width": 1500, "offset": 1.0, "pad": 16},
+                {"tokens": 2, "width": 4096, "residual": True, "offset": 1.0},
+            ),
+            large=(
+                {"tokens": 8192, "width": 4096, "residual": True},
+                {"tokens": 8192, "width": 4096},
+                {"tokens": 8192, "width": 576, "residual": True},
+                {"tokens": 2048, "width": 16384, "residual": True},
+            ),
+            tolerances=ROUNDED,
+            cost=_rms_norm_cost,
+        ),
+        KernelRow(
+            name="rms_norm_backward",
+            op=rms_norm_backward,
+            reference=rms_norm_backward_reference,
+            cases=_rms_norm_backward_cases,
+            small=(
+                {"tokens": 5, "width": 48},
+                {"tokens": 1, "width": 7, "add": True, "weight_grad": True},
+                {"tokens": 37, "width": 576, "add": True, "recompute": True, "pad": 5},
+                {"tokens": 67, "width": 96, "weight_grad": True, "recompute": True, "offset": 1.0},
+                {"tokens": 9, "width": 1500, "add": True, "weight_grad": True, "pad": 16},
+            ),
+            large=(
+                {"tokens": 8192, "width": 4096, "add": True},
+                {"tokens": 8192, "width": 4096, "add": True, "recompute": True},
+                {"tokens": 8192, "width": 4096, "add": True, "weight_grad": True},
+                {"tokens": 8192, "width": 576, "add": True, "weight_grad": True},
+                {"tokens": 2048, "width": 16384, "add": True, "weight_grad": True, "recompute": True},
+            ),
+            tolerances=ROUNDED,
+            cost=_rms_norm_backward_cost,
+        ),
+        KernelRow(
+            name="rope_qkv_",
+            op=rope_qkv_,
+            reference=rope_qkv_reference_,
+            cases=_rope_cases,
+            small=(
+                {"tokens": 5, "heads": 3, "kv_heads": 1, "head_dim": 16},
+                {"tokens": 33, "heads": 4, "kv_heads": 2, "head_dim": 64, "inverse": True, "pad": 8},
+                {"tokens": 1, "heads": 2, "kv_heads": 2, "head_dim": 20, "rotary_dim": 12},
+                {
+                    "tokens": 37,
+                    "heads": 4,
+                    "kv_heads": 1,
+                    "head_dim": 20,
+                    "rotary_dim": 12,
+                    "rank": 5,
+                    "pad": 3,
+                },
+                {"tokens": 3, "heads": 2, "kv_heads": 2, "head_dim": 32, "rank": 16},
+                {"tokens": 2, "heads": 1, "kv_heads": 1, "head_dim": 80, "rank": 1},
+                {"tokens": 4, "heads": 2, "kv_heads": 1, "head_dim": 16, "rank": 150},
+            ),
+            large=(
+                _ROPE_8B,
+                {**_ROPE_8B, "rank": 16},
+                {**_ROPE_8B, "rank": 64},
+                {**_ROPE_8B, "rank": 256},
+                {**_ROPE_8B, "inverse": True},
+                {**_ROPE_SMALL, "rank": 16},
+                {**_ROPE_8B, "head_dim": 256, "rotary_dim": 64, "rank": 16},
+            ),
+            tolerances=ROUNDED,
+            cost=_rope_cost,
+            mutates=("qkv_TN",),
+        ),
+        KernelRow(
+            name="glu",
+            op=glu,
+            reference=glu_reference,
+            cases=_glu_cases,
+            small=(
+                {"tokens": 5, "inner": 48},
+                {"tokens": 2, "inner": 1500, "activation": "gelu_tanh", "pad": 8},
+                {"tokens": 1, "inner": 130, "activation": "gelu", "pad": 3},
+                {"tokens": 37, "inner": 150, "rank": 5},
+                {"tokens": 3, "inner": 200, "rank": 16, "activation": "gelu_tanh", "pad": 8},
+                {"tokens": 1, "inner": 30, "rank": 150, "activation": "gelu"},
+            ),
+            large=(
+                {"tokens": 8192, "inner": 14336},
+                {"tokens": 8192, "inner": 14336, "rank": 16},
+                {"tokens": 8192, "inner": 14336, "rank": 64},
+                {"tokens": 2048, "inner": 14336, "rank": 256},
+                {"tokens": 8192, "inner": 1536, "rank": 16},
+                {"tokens": 8192, "inner": 14336, "activation": "gelu_tanh", "rank": 16},
+            ),
+            tolerances=ROUNDED,
+            cost=_glu_cost,
+        ),
+        KernelRow(
+            name="glu_backward_",
+            op=glu_backward_,
+            reference=glu_backward_reference_,
+            cases=_glu_backward_cases,
+            small=(
+                {"tokens": 5, "inner": 48},
+                {"tokens": 2, "inner": 1500, "activation": "gelu_tanh", "pad": 8},
+                {"tokens": 1, "inner": 130, "activation": "gelu", "pad": 3},
+                {"tokens": 37, "inner": 150, "rank": 5, "down_rank": 9},
+                {"tokens": 3, "inner": 700, "rank": 16, "activation": "gelu_tanh", "pad": 8},
+                {"tokens": 33, "inner": 70, "down_rank": 100},
+                {"tokens": 1, "inner": 30, "rank": 150, "down_rank": 1, "activation": "gelu"},
+                {"tokens": 300, "inner": 64, "rank": 64, "down_rank": 64},
+            ),
+            large=(
+                {"tokens": 8192, "inner": 14336},
+                {"tokens": 8192, "inner": 14336, "rank": 16, "down_rank": 16},
+                {"tokens": 8192, "inner": 14336, "rank": 64, "down_rank": 64},
+                {"tokens": 2048, "inner": 14336, "rank": 256, "down_rank": 256},
+                {"tokens": 512, "inner": 14336, "rank": 16, "down_rank": 16},
+                {"tokens": 8192, "inner": 1536, "rank": 16, "down_rank": 16},
+                {"tokens": 8192, "inner": 14336, "activation": "gelu_tanh", "rank": 16, "down_rank": 16},
+            ),
+            tolerances=ROUNDED,
+            cost=_glu_backward_cost,
+            mutates=("gate_up_TN", "grad_act_TI"),
+        ),
+        KernelRow(
+            name="dequantize_nf4",
+            op=dequantize_nf4,
+            reference=dequantize_nf4_reference,
+            cases=_nf4_cases,
+            small=(
+                {"rows": 5, "columns": 64},
+                {"rows": 67, "columns": 320, "nested": True},
+                {"rows": 7, "columns": 72, "pad": 8},
+                {"rows": 6, "columns": 30, "pad": 3},
+                {"rows": 3, "columns": 21, "nested": True},
+                {"rows": 1, "columns": 2},
+            ),
+            large=(
+                {"rows": 28672, "columns": 4096},
+                {"rows": 28672, "columns": 4096, "nested": True},
+                {"rows": 6144, "columns": 4096, "pad": 64},
+                {"rows": 4096, "columns": 14336, "pad": 64, "nested": True},
+                {"rows": 3072, "columns": 576},
+            ),
+            tolerances={**ROUNDED, torch.float32: 1e-7},  # two roundings in float32 with `nested`, else one
+            cost=_nf4_cost,
+            mutates=("out_NK",),
+        ),
+        KernelRow(
+            name="softmax_gradient_",
+            op=softmax_gradient_,
+            reference=softmax_gradient_reference_,
+            cases=_logits_cases,
+            small=_LOGITS_SMALL,
+            large=_LOGITS_LARGE,
+            tolerances=SOFTMAX,
+            cost=_softmax_gradient_cost,
+            mutates=("logits_CV",),
+        ),
+        KernelRow(
+            name="logprob_",
+            op=logprob_,
+            reference=logprob_reference_,
+            cases=_logits_cases,
+            small=_LOGITS_SMALL,
+            large=_LOGITS_LARGE,
+            tolerances=SOFTMAX,
+            cost=_logprob_cost,
+        ),
+    )
+}
+"""Every kernel by name."""

@@ -1,0 +1,58 @@
+"""Rules between settings: each fires alone, and none fires on a run that is right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tunesmith.config.load import load_settings
+from tunesmith.config.rules import RULES
+from tunesmith.contracts.errors import ConfigError
+
+RIGHT: dict[str, Any] = {"model": {"name": "x"}, "data": {"train": [{"path": "a"}]}}
+
+BROKEN = [
+    ({"adapter": {"kind": "none"}, "model": {"quantize": "nf4"}}, ["adapter.kind"]),
+    ({"model": {"freeze": ["model.*"]}}, ["model.freeze"]),
+    ({"adapter": {"kind": "none", "path": "runs/a"}}, ["adapter.path"]),
+    ({"adapter": {"targets": []}}, ["adapter.targets"]),
+    ({"train": {"micro_batch": 17}}, ["train.micro_batch"]),
+    ({"parallel": {"tensor": 2}}, ["parallel.tensor"]),
+    ({"parallel": {"replicate": 2}}, ["parallel.replicate"]),
+    ({"parallel": {"shard": 8}}, ["parallel.shard"]),
+    ({"parallel": {"context": 2}}, ["parallel.context"]),
+    ({"parallel": {"pipeline": 2}}, ["parallel.pipeline"]),
+    ({"adapter": {"kind": "none", "path": "a"}, "parallel": {"tensor": 2}}, ["adapter.path", "parallel.tensor"]),
+]  # fmt: skip
+
+
+def _merged(changes: dict[str, Any]) -> dict[str, Any]:
+    return {name: {**RIGHT.get(name, {}), **changes.get(name, {})} for name in {**RIGHT, **changes}}
+
+
+@pytest.mark.parametrize(("changes", "paths"), BROKEN)
+def test_a_broken_rule_is_named_by_its_setting(changes: dict[str, Any], paths: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(_merged(changes))
+    assert [problem.where for problem in caught.value.problems] == paths
+
+
+def test_every_rule_is_tested() -> None:
+    tested = {path for _, paths in BROKEN for path in paths}
+    assert {".".join(rule.path) for rule in RULES} <= tested
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"adapter": {"kind": "none"}, "model": {"freeze": ["model.embed_tokens.*"]}},
+        {"adapter": {"kind": "none", "targets": []}},
+        {"adapter": {"path": "runs/a"}, "model": {"quantize": "nf4"}},
+        {"train": {"micro_batch": 16, "global_batch": 16}},
+        {"train": {"micro_batch": 64, "global_batch": "8192 tokens"}},
+    ],
+)
+def test_what_is_right_breaks_no_rule(changes: dict[str, Any]) -> None:
+    assert load_settings(_merged(changes)).model.name == "x"
