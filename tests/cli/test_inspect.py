@@ -104,7 +104,7 @@ def test_every_stop_is_printed(look, tmp_path: Path) -> None:
 def test_colours_mark_exactly_the_tokens_that_train(look) -> None:
     shown = look([CHAT] * 3)
     assert shown.of(TRAINED) == "Natalia.<|im_end|>In April\nand May.<|im_end|>"
-    everything = "".join(text for text, _ in shown.tokens()).replace("↵", "")
+    everything = "".join(text for text, _ in shown.tokens()).replace("↵", "\n")
     assert everything.startswith("<|im_start|>system\nBe brief.<|im_end|>")
     assert "Who sold clips?" in shown.of(CONTEXT)
     assert shown.of(CUT) == ""

@@ -42,7 +42,7 @@ def _relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.fixture(params=[1, 16, 17, 50], ids=lambda rows: f"{rows}rows")
 def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Row counts around the chunk of 16 rows, so that whole, partial and single chunks occur."""
-    monkeypatch.setattr(module, "CHUNK_BYTES_CPU", 4 * 101 * 16)
+    monkeypatch.setattr(module, "CHUNK_BYTES_CPU", 4 * 101 * 16)  # chunks of 16 rows, 8 in float64
     return request.param
 
 

@@ -23,6 +23,7 @@ from tunesmith.kernels.cross_entropy import (
     softmax_gradient_reference_,
 )
 from tunesmith.kernels.glu import glu, glu_backward_, glu_backward_reference_, glu_reference
+from tunesmith.kernels.launch import accumulation_dtype
 from tunesmith.kernels.nf4 import NF4_CODE, dequantize_nf4, dequantize_nf4_reference
 from tunesmith.kernels.rms_norm import (
     rms_norm,
@@ -119,7 +120,7 @@ def _rms_norm_backward_cases(size: Size, dtype: torch.dtype, device: torch.devic
         "grad_TD": _normal(shape, dtype, device, pad),
         "summed_TD": summed_TD,
         "weight_D": _normal(shape[1:], dtype, device),
-        "rstd_T": torch.rsqrt(summed_TD.float().square().mean(-1) + 1e-6),
+        "rstd_T": torch.rsqrt(summed_TD.to(accumulation_dtype(dtype)).square().mean(-1) + 1e-6),
         "add_TD": _normal(shape, dtype, device) if size.get("add") else None,
         "weight_grad": size.get("weight_grad", False),
         "offset": size.get("offset", 0.0),
@@ -289,6 +290,7 @@ CATALOG: dict[str, KernelRow] = {
                 {"tokens": 37, "width": 576, "residual": True, "pad": 5},
                 {"tokens": 3, "width": 1500, "offset": 1.0, "pad": 16},
                 {"tokens": 2, "width": 4096, "residual": True, "offset": 1.0},
+                {"tokens": 3, "width": 1, "residual": True},
             ),
             large=(
                 {"tokens": 8192, "width": 4096, "residual": True},
@@ -310,6 +312,7 @@ CATALOG: dict[str, KernelRow] = {
                 {"tokens": 37, "width": 576, "add": True, "recompute": True, "pad": 5},
                 {"tokens": 67, "width": 96, "weight_grad": True, "recompute": True, "offset": 1.0},
                 {"tokens": 9, "width": 1500, "add": True, "weight_grad": True, "pad": 16},
+                {"tokens": 2, "width": 1, "add": True},
             ),
             large=(
                 {"tokens": 8192, "width": 4096, "add": True},
@@ -368,6 +371,7 @@ CATALOG: dict[str, KernelRow] = {
                 {"tokens": 37, "inner": 150, "rank": 5},
                 {"tokens": 3, "inner": 200, "rank": 16, "activation": "gelu_tanh", "pad": 8},
                 {"tokens": 1, "inner": 30, "rank": 150, "activation": "gelu"},
+                {"tokens": 2, "inner": 1, "rank": 1},
             ),
             large=(
                 {"tokens": 8192, "inner": 14336},
@@ -394,6 +398,7 @@ CATALOG: dict[str, KernelRow] = {
                 {"tokens": 33, "inner": 70, "down_rank": 100},
                 {"tokens": 1, "inner": 30, "rank": 150, "down_rank": 1, "activation": "gelu"},
                 {"tokens": 300, "inner": 64, "rank": 64, "down_rank": 64},
+                {"tokens": 2, "inner": 1, "rank": 1, "down_rank": 1},
             ),
             large=(
                 {"tokens": 8192, "inner": 14336},

@@ -25,8 +25,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 128 * 2**20
-"""Upper bound of one chunk of float32 logits; on CPU the smaller one below is faster (fits the caches better)."""
+from tunesmith.kernels.cross_entropy import logprob_, softmax_gradient_
+
+CHUNK_BYTES = 256 * 2**20
+"""Upper bound of one chunk of logits: 1,024 rows of a 128k vocabulary in 16 bits, enough rows for both GEMMs of a
+chunk to fill an H100. On CPU the smaller bound below is faster, because a chunk fits the caches better."""
 CHUNK_BYTES_CPU = 16 * 2**20
 
 
@@ -44,40 +47,24 @@ def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _chunks(hidden_SD: Tensor, vocabulary: int) -> Iterator[slice]:
-    budget = CHUNK_BYTES_CPU if hidden_SD.device.type == "cpu" else CHUNK_BYTES
-    rows = max(16, budget // (4 * vocabulary))
+    on_cpu = hidden_SD.device.type == "cpu"
+    rows = (CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES) // (_logits_dtype(hidden_SD).itemsize * vocabulary)
+    rows = rows // 128 * 128 if rows >= 128 else max(16, rows)
     for start in range(0, hidden_SD.shape[0], rows):
         yield slice(start, min(start + rows, hidden_SD.shape[0]))
 
 
-def _logits(hidden_CD: Tensor, head: _Head) -> tuple[Tensor, Tensor | None]:
-    """Logits `[C, V]` in the accumulation type, and tanh(z / c) where there is a cap."""
-    logits_CV = (hidden_CD @ head.weight_VD.T).to(_accumulation_dtype(hidden_CD))
+def _logits_dtype(hidden_SD: Tensor) -> torch.dtype:
+    """On a GPU logits stay in the type of the GEMM, as in every stock head, and the kernel computes in float32."""
+    return hidden_SD.dtype if hidden_SD.is_cuda else _accumulation_dtype(hidden_SD)
+
+
+def _logits(hidden_CD: Tensor, head: _Head) -> Tensor:
+    """h Wᵀ + b of a chunk `[C, V]`."""
+    logits_CV = (hidden_CD @ head.weight_VD.T).to(_logits_dtype(hidden_CD))
     if head.bias_V is not None:
         logits_CV += head.bias_V
-    if head.scale != 1.0:
-        logits_CV *= head.scale
-    if head.softcap is None:
-        return logits_CV, None
-    tanh_CV = torch.tanh_(logits_CV.div_(head.softcap))
-    return tanh_CV * head.softcap, tanh_CV
-
-
-def _logprob(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of the targets and the log-sum-exp of each row, both `[C]`."""
-    lse_C = torch.logsumexp(logits_CV, dim=-1)
-    return logits_CV.gather(-1, targets_C[:, None]).squeeze(-1) - lse_C, lse_C
-
-
-def _logit_gradient(
-    logits_CV: Tensor, tanh_CV: Tensor | None, lse_C: Tensor, targets_C: Tensor, scale: float
-) -> Tensor:
-    """∂logprob/∂(h Wᵀ + b) of every row, unweighted; overwrites `logits_CV`."""
-    grad_CV = logits_CV.sub_(lse_C[:, None]).exp_().neg_()
-    grad_CV.scatter_add_(-1, targets_C[:, None], torch.ones_like(lse_C)[:, None])
-    if tanh_CV is not None:
-        grad_CV.mul_(1 - tanh_CV.square())
-    return grad_CV.mul_(scale) if scale != 1.0 else grad_CV
+    return logits_CV
 
 
 class _Gradients:
@@ -102,7 +89,7 @@ class _Gradients:
             scaled_CD = (hidden_CD * (row_weight_C / largest)[:, None]).to(hidden_CD.dtype)
             self.weight_VD += (narrow_CV.T @ scaled_CD).to(self.weight_VD.dtype) * largest
         if self.bias_V is not None:
-            self.bias_V += row_weight_C @ grad_CV
+            self.bias_V += row_weight_C @ grad_CV.to(row_weight_C.dtype)
 
     def scaled(self, factor: Tensor, like: _Head, hidden_dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         """The three gradients times `factor`, in the types of what they belong to."""
@@ -121,26 +108,25 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(ctx: Any, hidden_SD: Tensor, targets_S: Tensor, *head_parts: Any) -> Tensor:
         head = _Head(*head_parts)
         logprob_S = hidden_SD.new_empty(hidden_SD.shape[0], dtype=_accumulation_dtype(hidden_SD))
-        lse_S = torch.empty_like(logprob_S)
         for rows in _chunks(hidden_SD, head.weight_VD.shape[0]):
-            logits_CV, _ = _logits(hidden_SD[rows], head)
-            logprob_S[rows], lse_S[rows] = _logprob(logits_CV, targets_S[rows])
-        ctx.save_for_backward(hidden_SD, targets_S, lse_S, head.weight_VD, head.bias_V)
+            logits_CV = _logits(hidden_SD[rows], head)
+            logprob_S[rows], _ = logprob_(logits_CV, targets_S[rows], scale=head.scale, softcap=head.softcap)
+        ctx.save_for_backward(hidden_SD, targets_S, head.weight_VD, head.bias_V)
         ctx.scale, ctx.softcap = head.scale, head.softcap
         return logprob_S
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_S,) = grads
-        hidden_SD, targets_S, lse_S, weight_VD, bias_V = ctx.saved_tensors
+        hidden_SD, targets_S, weight_VD, bias_V = ctx.saved_tensors
         head = _Head(weight_VD, bias_V, ctx.scale, ctx.softcap)
         needed = ctx.needs_input_grad
         total = _Gradients(hidden_SD, head, (needed[0], needed[2], needed[3]))
         for rows in _chunks(hidden_SD, weight_VD.shape[0]):
-            logits_CV, tanh_CV = _logits(hidden_SD[rows], head)
-            grad_CV = _logit_gradient(logits_CV, tanh_CV, lse_S[rows], targets_S[rows], head.scale)
+            grad_CV = _logits(hidden_SD[rows], head)
+            softmax_gradient_(grad_CV, targets_S[rows], scale=head.scale, softcap=head.softcap)
             total.add(rows, hidden_SD[rows], grad_CV, grad_S[rows], head)
-        hidden, weight, bias = total.scaled(torch.ones_like(lse_S[:1]).squeeze(), head, hidden_SD.dtype)
+        hidden, weight, bias = total.scaled(grad_S.new_ones(()), head, hidden_SD.dtype)
         return hidden, None, weight, bias, None, None
 
 
@@ -160,12 +146,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = hidden_SD.new_zeros((), dtype=accumulate)
         total = _Gradients(hidden_SD, head, needs)
         for rows in _chunks(hidden_SD, head.weight_VD.shape[0]):
-            logits_CV, tanh_CV = _logits(hidden_SD[rows], head)
-            logprob_C, lse_C = _logprob(logits_CV, targets_S[rows])
+            logits_CV = _logits(hidden_SD[rows], head)
+            if any(needs):  # the logits become their gradient in place
+                logprob_C = softmax_gradient_(
+                    logits_CV, targets_S[rows], scale=head.scale, softcap=head.softcap
+                )
+                total.add(rows, hidden_SD[rows], logits_CV, -weights_S[rows], head)
+            else:
+                logprob_C, _ = logprob_(logits_CV, targets_S[rows], scale=head.scale, softcap=head.softcap)
             loss -= (weights_S[rows] * logprob_C).sum()
-            if any(needs):
-                grad_CV = _logit_gradient(logits_CV, tanh_CV, lse_C, targets_S[rows], head.scale)
-                total.add(rows, hidden_SD[rows], grad_CV, -weights_S[rows], head)
         ctx.total, ctx.head, ctx.hidden_dtype = total, head, hidden_SD.dtype
         return loss
 

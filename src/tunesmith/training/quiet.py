@@ -11,13 +11,13 @@ def quiet_libraries() -> None:
     """Silence progress bars and warnings of transformers, datasets and bitsandbytes; errors still come through."""
     os.environ["TQDM_DISABLE"] = "1"  # for bars that transformers draws without asking its own setting
     import datasets
-    import huggingface_hub.utils
     import transformers
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     datasets.utils.disable_progress_bars()
-    huggingface_hub.utils.disable_progress_bars()
+    disable_progress_bars()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|datasets|torch)\.")

@@ -1,0 +1,522 @@
+"""Gated linear unit on the fused buffer `[gate | up]`, forward and backward, LoRA products included.
+
+    g = gate + scale · xa_g · B_gᵀ,  u = up + scale · xa_u · B_uᵀ        in float32, where there are adapters
+    act = f(g) · u
+
+The base GEMM writes `[gate | up]` once, and the pass that the activation needs anyway adds the adapters: an
+`addmm_` on that buffer costs as much as the whole pass (514 µs at 8,192 × 28,672 on one H100). Backward works in
+place, `[gate | up]` becomes its gradient and the gradient of `act` becomes `act`, so that no third buffer of
+that width exists, and in the same pass reduces the gradient to the adapters' rank:
+
+    d       = grad_act + down_dxa · down_A                               the down projection's adapter
+    dgate   = d · u · f'(g),  dup = d · f(g)
+    grad_xa = scale · [dgate · B_g | dup · B_u]                          from the rounded dgate and dup
+
+Rejected: keeping `act` for backward (another 14,336 columns a layer), as it falls out of the same pass.
+
+Shape suffixes: T tokens, N = 2 · I columns of the fused buffer, I intermediate size, R ranks, S column splits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tunesmith.kernels.launch import (
+    MAX_RANK,
+    accumulation_dtype,
+    dot,
+    jit,
+    launch,
+    multiprocessors,
+    power_of_2,
+    rank_block,
+    rank_product,
+    tl,
+    use_triton,
+)
+
+TILE = 1024
+"""Elements of a program without adapters: 8 for each of 128 threads, one 16-byte access to each 16-bit buffer."""
+ADAPTER_ROWS, ADAPTER_COLUMNS = 64, 32
+"""Tokens and columns of a tile with adapters, 16 elements for each of 128 threads. 64 tokens are 16 for each of 4
+warps, the rows of one tensor-core instruction: with 32, backward's chained products put all warps along the
+tokens and half of them repeat the work of the others (254 registers a thread at rank 16, compiled for sm_90;
+with 64 × 32 it is 144, three programs on a multiprocessor, and with 64 × 64 it spills). 64 tokens also share a
+read of B, which comes from the L2 cache: at rank 16 a fifth of the reads. A row of 32 columns is two whole sectors."""
+PROGRAMS_PER_SM = 8
+"""Programs of the backward pass with adapters. Three are resident, so that almost three waves even out the
+tail. The columns are split until there are as many; at 8,192 tokens and rank 16 into 9, whose partial sums are
+9 MB written and read beside the 1,400 MB of the pass."""
+SUM_BLOCK = 512
+
+_Pair = tuple[Tensor, Tensor]
+
+
+# ---------------------------------------------------------------------- kernels
+
+
+@jit()
+def _activate(x, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """f(x) and f'(x). With f(x) = x · σ(y(x)), f' = σ + x · σ · (1 − σ) · y'."""
+    if ACT == "silu":
+        # y = x
+        gate = tl.sigmoid(x)
+        value = x * gate
+        slope = gate + value * (1.0 - gate)
+    elif ACT == "gelu_tanh":
+        # (1 + tanh(z)) / 2 = σ(2z), so y = 2 · sqrt(2/π) · (x + 0.044715 · x³): no tanh, which the interpreter lacks
+        gate = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        value = x * gate
+        slope = gate + value * (1.0 - gate) * (1.5957691216057308 + 0.2140644488 * x * x)
+    else:
+        # f = x · Φ(x), f' = Φ + x · φ
+        tl.static_assert(ACT == "gelu", "an activation that the kernel does not know")
+        gate = 0.5 * (1.0 + tl.erf(0.7071067811865476 * x))
+        value = x * gate
+        slope = gate + 0.3989422804014327 * x * tl.exp(-0.5 * x * x)
+    return value, slope
+
+
+@jit(do_not_specialize=["tokens", "scale"])
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    gate_up, out, xa, b, tokens, inner, gate_up_row, out_row, xa_row, b_row, scale,
+    ACT: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    col_blocks = tl.cdiv(inner, COLS)
+    row = (tl.program_id(0) // col_blocks) * ROWS + tl.arange(0, ROWS)
+    col = (tl.program_id(0) % col_blocks) * COLS + tl.arange(0, COLS)
+    row_live, col_live = row < tokens, col < inner
+    live = row_live[:, None] & col_live[None, :]
+    at = row.to(tl.int64)
+    gate_at = gate_up + at[:, None] * gate_up_row + col[None, :]
+    g = tl.load(gate_at, mask=live, other=0.0).to(tl.float32)
+    u = tl.load(gate_at + inner, mask=live, other=0.0).to(tl.float32)
+    if RANK > 0:
+        xa_at, b_at = at * xa_row, col.to(tl.int64) * b_row
+        g += scale * rank_product(xa, b, xa_at, b_at, 1, row_live, col_live, RANK, RANK_BLOCK, ROWS, COLS)
+        xa_at, b_at = xa_at + RANK, (inner + col).to(tl.int64) * b_row
+        u += scale * rank_product(xa, b, xa_at, b_at, 1, row_live, col_live, RANK, RANK_BLOCK, ROWS, COLS)
+    value, _ = _activate(g, ACT)
+    tl.store(out + at[:, None] * out_row + col[None, :], (value * u).to(out.dtype.element_ty), mask=live)
+
+
+@jit(do_not_specialize=["tokens"])
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    gate_up, grad_act, tokens, inner, gate_up_row, grad_row,
+    ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    col_blocks = tl.cdiv(inner, COLS)
+    row = (tl.program_id(0) // col_blocks) * ROWS + tl.arange(0, ROWS)
+    col = ((tl.program_id(0) % col_blocks) * COLS + tl.arange(0, COLS))[None, :]
+    live = (row < tokens)[:, None] & (col < inner)
+    gate_at = gate_up + row.to(tl.int64)[:, None] * gate_up_row + col
+    grad_at = grad_act + row.to(tl.int64)[:, None] * grad_row + col
+    g = tl.load(gate_at, mask=live, other=0.0).to(tl.float32)
+    u = tl.load(gate_at + inner, mask=live, other=0.0).to(tl.float32)
+    d = tl.load(grad_at, mask=live, other=0.0).to(tl.float32)
+    value, slope = _activate(g, ACT)
+    tl.store(gate_at, (d * u * slope).to(gate_up.dtype.element_ty), mask=live)
+    tl.store(gate_at + inner, (d * value).to(gate_up.dtype.element_ty), mask=live)
+    tl.store(grad_at, (value * u).to(grad_act.dtype.element_ty), mask=live)
+
+
+@jit(do_not_specialize=["tokens", "scale", "tiles"])
+def _adapter_backward_kernel(  # type: ignore[no-untyped-def]
+    gate_up, grad_act, xa, b, down_dxa, down_a, grad_xa,
+    tokens, inner, tiles, gate_up_row, grad_row, xa_row, b_row, down_dxa_row, down_a_row, scale,
+    ACT: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    DOWN_RANK: tl.constexpr, DOWN_BLOCK: tl.constexpr, REDUCE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    # A program walks `tiles` blocks of columns of its tokens; grad_xa is [S, T, 2 · RANK], S = tl.num_programs(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_live = row < tokens
+    at = row.to(tl.int64)
+    xa_at = at * xa_row
+    rank = tl.arange(0, RANK_BLOCK)[None, :]
+    rank_live = row_live[:, None] & (rank < RANK)
+    grad_xa_g = tl.zeros((ROWS, RANK_BLOCK), tl.float32)
+    grad_xa_u = tl.zeros((ROWS, RANK_BLOCK), tl.float32)
+    if REDUCE:
+        xa_g = tl.load(xa + xa_at[:, None] + rank, mask=rank_live, other=0.0)
+        xa_u = tl.load(xa + xa_at[:, None] + RANK + rank, mask=rank_live, other=0.0)
+    first = tl.program_id(1) * tiles
+    for nth in tl.range(0, tl.minimum(tiles, tl.cdiv(inner, COLS) - first), num_stages=1):
+        col = (first + nth) * COLS + tl.arange(0, COLS)
+        col_live = col < inner
+        live = row_live[:, None] & col_live[None, :]
+        gate_at = gate_up + at[:, None] * gate_up_row + col[None, :]
+        grad_at = grad_act + at[:, None] * grad_row + col[None, :]
+        g = tl.load(gate_at, mask=live, other=0.0).to(tl.float32)
+        u = tl.load(gate_at + inner, mask=live, other=0.0).to(tl.float32)
+        d = tl.load(grad_at, mask=live, other=0.0).to(tl.float32)
+        b_at = col.to(tl.int64) * b_row
+        up_at = (inner + col).to(tl.int64) * b_row
+        if REDUCE:
+            # B is read once for both of its products
+            b_live = col_live[:, None] & (rank < RANK)
+            b_g = tl.load(b + b_at[:, None] + rank, mask=b_live, other=0.0)
+            b_u = tl.load(b + up_at[:, None] + rank, mask=b_live, other=0.0)
+            g += scale * dot(xa_g, tl.trans(b_g), tl.zeros((ROWS, COLS), tl.float32))
+            u += scale * dot(xa_u, tl.trans(b_u), tl.zeros((ROWS, COLS), tl.float32))
+        elif RANK > 0:
+            g += scale * rank_product(xa, b, xa_at, b_at, 1, row_live, col_live, RANK, RANK_BLOCK, ROWS, COLS)
+            u += scale * rank_product(
+                xa, b, xa_at + RANK, up_at, 1, row_live, col_live, RANK, RANK_BLOCK, ROWS, COLS
+            )
+        if DOWN_RANK > 0:
+            d += rank_product(
+                down_dxa, down_a, at * down_dxa_row, col, down_a_row, row_live, col_live,
+                DOWN_RANK, DOWN_BLOCK, ROWS, COLS,
+            )  # fmt: skip
+        value, slope = _activate(g, ACT)
+        d_gate = (d * u * slope).to(gate_up.dtype.element_ty)
+        d_up = (d * value).to(gate_up.dtype.element_ty)
+        # `act` does not depend on `d`, nor `d_up` on `u`: with loads and stores laid out differently a thread could
+        # overwrite what its neighbour has yet to read
+        tl.debug_barrier()
+        tl.store(gate_at, d_gate, mask=live)
+        tl.store(gate_at + inner, d_up, mask=live)
+        tl.store(grad_at, (value * u).to(grad_act.dtype.element_ty), mask=live)
+        if REDUCE:
+            grad_xa_g = dot(d_gate, b_g, grad_xa_g)
+            grad_xa_u = dot(d_up, b_u, grad_xa_u)
+    if REDUCE:
+        sum_at = grad_xa + (tl.program_id(1).to(tl.int64) * tokens + at)[:, None] * (2 * RANK) + rank
+        tl.store(sum_at, (scale * grad_xa_g).to(grad_xa.dtype.element_ty), mask=rank_live)
+        tl.store(sum_at + RANK, (scale * grad_xa_u).to(grad_xa.dtype.element_ty), mask=rank_live)
+
+
+@jit(do_not_specialize=["count", "splits"])
+def _sum_splits_kernel(partial, out, count, splits, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(0, splits):
+        total += tl.load(partial + at, mask=at < count, other=0.0)
+        partial += count
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
+
+
+# ---------------------------------------------------------------------- launchers
+
+
+class _Adapter(NamedTuple):
+    """x·Aᵀ of gate and up side by side, B with a row for each column, the rank of each, and the factor."""
+
+    xa_TR: Tensor
+    b_NR: Tensor
+    rank: int
+    scale: float
+
+
+def _adapter(xa_TR: Tensor | None, b_NR: Tensor | None, rank: int, scale: float) -> _Adapter | None:
+    if xa_TR is None or b_NR is None:
+        return None
+    assert xa_TR.stride(1) == b_NR.stride(1) == 1
+    return _Adapter(xa_TR, b_NR, rank, float(scale))
+
+
+def _tile(inner: int) -> tuple[int, int]:
+    """Rows and columns of a program without adapters."""
+    cols = min(TILE, power_of_2(inner))
+    return TILE // cols, cols
+
+
+def _forward(gate_up_TN: Tensor, activation: str, adapter: _Adapter | None, out_TI: Tensor) -> None:
+    tokens, inner = out_TI.shape
+    rows, cols = _tile(inner) if adapter is None else (ADAPTER_ROWS, ADAPTER_COLUMNS)
+    xa, b, rank, scale = adapter or _Adapter(gate_up_TN, gate_up_TN, 0, 1.0)
+    launch(
+        _forward_kernel, (-(-tokens // rows) * -(-inner // cols),), gate_up_TN, out_TI, xa, b,
+        tokens, inner, gate_up_TN.stride(0), out_TI.stride(0), xa.stride(0), b.stride(0), scale,
+        ACT=activation, RANK=rank, RANK_BLOCK=rank_block(rank), ROWS=rows, COLS=cols, num_warps=4,
+    )  # fmt: skip
+
+
+def _backward(gate_up_TN: Tensor, grad_act_TI: Tensor, activation: str) -> None:
+    tokens, inner = grad_act_TI.shape
+    rows, cols = _tile(inner)
+    launch(
+        _backward_kernel, (-(-tokens // rows) * -(-inner // cols),), gate_up_TN, grad_act_TI,
+        tokens, inner, gate_up_TN.stride(0), grad_act_TI.stride(0),
+        ACT=activation, ROWS=rows, COLS=cols, num_warps=4,
+    )  # fmt: skip
+
+
+def _splits(tokens: int, inner: int, like: Tensor) -> tuple[int, int]:
+    """In how many parts the columns are walked, and the blocks of columns in each."""
+    blocks = -(-inner // ADAPTER_COLUMNS)
+    wanted = -(-PROGRAMS_PER_SM * multiprocessors(like) // max(1, -(-tokens // ADAPTER_ROWS)))
+    tiles = -(-blocks // max(1, min(wanted, blocks)))
+    return -(-blocks // tiles), tiles
+
+
+def _adapter_backward(
+    gate_up_TN: Tensor, grad_act_TI: Tensor, activation: str, adapter: _Adapter | None, down: _Pair | None
+) -> Tensor | None:
+    tokens, inner = grad_act_TI.shape
+    splits, tiles = _splits(tokens, inner, gate_up_TN)
+    xa, b, rank, scale = adapter or _Adapter(gate_up_TN, gate_up_TN, 0, 1.0)
+    down_dxa, down_a = down or (gate_up_TN, gate_up_TN)
+    down_rank = 0 if down is None else down_a.shape[0]
+    grad_xa_TR = gate_up_TN.new_empty((tokens, 2 * rank))
+    # sums of more than MAX_RANK columns do not fit the registers beside the rest: two GEMMs form them below
+    reduce = 0 < rank <= MAX_RANK
+    sums = grad_xa_TR
+    if reduce and splits > 1:
+        sums = torch.empty((splits, tokens, 2 * rank), dtype=torch.float32, device=gate_up_TN.device)
+    launch(
+        _adapter_backward_kernel, (-(-tokens // ADAPTER_ROWS), splits),
+        gate_up_TN, grad_act_TI, xa, b, down_dxa, down_a, sums,
+        tokens, inner, tiles, gate_up_TN.stride(0), grad_act_TI.stride(0), xa.stride(0), b.stride(0),
+        down_dxa.stride(0), down_a.stride(0), scale,
+        ACT=activation, RANK=rank, RANK_BLOCK=rank_block(rank), DOWN_RANK=down_rank,
+        DOWN_BLOCK=rank_block(down_rank), REDUCE=reduce,
+        ROWS=ADAPTER_ROWS, COLS=ADAPTER_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    if reduce and splits > 1:
+        count = grad_xa_TR.numel()
+        launch(
+            _sum_splits_kernel, (-(-count // SUM_BLOCK),), sums, grad_xa_TR, count, splits,
+            BLOCK=SUM_BLOCK, num_warps=4,
+        )  # fmt: skip
+    if adapter is None:
+        return None
+    return grad_xa_TR if reduce else _grad_xa(gate_up_TN, adapter)
+
+
+def _grad_xa(grad_TN: Tensor, adapter: _Adapter) -> Tensor:
+    """scale · [dgate · B_g | dup · B_u] by GEMMs."""
+    inner = grad_TN.shape[1] // 2
+    b_NR = adapter.b_NR.to(grad_TN.dtype)
+    parts = [grad_TN[:, :inner] @ b_NR[:inner], grad_TN[:, inner:] @ b_NR[inner:]]
+    return torch.cat(parts, -1).mul_(adapter.scale)
+
+
+# ---------------------------------------------------------------------- operators
+
+
+@torch.library.custom_op("tunesmith::glu", mutates_args=())
+def glu_op(
+    gate_up_TN: Tensor, activation: str = "silu", xa_TR: Tensor | None = None, b_NR: Tensor | None = None,
+    rank: int = 0, scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """`glu` as an operator for torch.compile and autograd, differentiable in gate_up, xa and b."""
+    return glu(gate_up_TN, activation=activation, xa_TR=xa_TR, b_NR=b_NR, rank=rank, scale=scale)
+
+
+@glu_op.register_fake
+def _(gate_up_TN: Tensor, *_others: Any) -> Tensor:
+    return gate_up_TN.new_empty((gate_up_TN.shape[0], gate_up_TN.shape[1] // 2))
+
+
+@torch.library.custom_op("tunesmith::glu_backward", mutates_args=())
+def glu_backward_op(
+    gate_up_TN: Tensor, grad_act_TI: Tensor, activation: str = "silu", xa_TR: Tensor | None = None,
+    b_NR: Tensor | None = None, rank: int = 0, scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`glu_backward_` on copies: gradients of gate_up and of xa (no columns without an adapter)."""
+    grad_TN = gate_up_TN.clone(memory_format=torch.contiguous_format)
+    grad_act_TI = grad_act_TI.clone(memory_format=torch.contiguous_format)
+    grad_xa_TR = glu_backward_(
+        grad_TN, grad_act_TI, activation=activation, xa_TR=xa_TR, b_NR=b_NR, rank=rank, scale=scale
+    )
+    return grad_TN, gate_up_TN.new_empty((gate_up_TN.shape[0], 0)) if grad_xa_TR is None else grad_xa_TR
+
+
+@glu_backward_op.register_fake
+def _(
+    gate_up_TN: Tensor, _grad_TI: Tensor, _activation: str = "", xa_TR: Tensor | None = None, *_others: Any
+) -> tuple[Tensor, Tensor]:
+    ranks = 0 if xa_TR is None else xa_TR.shape[1]
+    return gate_up_TN.new_empty(gate_up_TN.shape), gate_up_TN.new_empty((gate_up_TN.shape[0], ranks))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    gate_up_TN, ctx.activation, xa_TR, b_NR, ctx.rank, ctx.scale = inputs
+    ctx.save_for_backward(gate_up_TN, xa_TR, b_NR)
+
+
+def _autograd(ctx: Any, grad_act_TI: Tensor) -> tuple[Tensor | None, ...]:
+    gate_up_TN, xa_TR, b_NR = ctx.saved_tensors
+    grad_TN, grad_xa_TR = glu_backward_op(
+        gate_up_TN, grad_act_TI, ctx.activation, xa_TR, b_NR, ctx.rank, ctx.scale
+    )
+    if xa_TR is None:
+        return grad_TN, None, None, None, None, None
+    # ∂B_p = scale · dᵀ · xa_p
+    parts = zip(grad_TN.chunk(2, -1), xa_TR.to(grad_TN.dtype).split(ctx.rank, -1), strict=True)
+    grad_b_NR = torch.cat([d.T @ xa for d, xa in parts]) * ctx.scale
+    return grad_TN, None, grad_xa_TR.to(xa_TR.dtype), grad_b_NR.to(b_NR.dtype), None, None
+
+
+glu_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+# ---------------------------------------------------------------------- reference
+
+
+def _silu(x: Tensor) -> _Pair:
+    sigma = torch.sigmoid(x)
+    return x * sigma, sigma * (1 + x * (1 - sigma))
+
+
+def _gelu_tanh(x: Tensor) -> _Pair:
+    k = 2 * math.sqrt(2 / math.pi)
+    sigma = torch.sigmoid(k * (x + 0.044715 * x**3))
+    return x * sigma, sigma + x * sigma * (1 - sigma) * k * (1 + 3 * 0.044715 * x**2)
+
+
+def _gelu(x: Tensor) -> _Pair:
+    phi = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+    return x * phi, phi + x * torch.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], _Pair]] = {"silu": _silu, "gelu_tanh": _gelu_tanh, "gelu": _gelu}
+"""Value and slope of every activation; a new row needs its branch in `_activate`."""
+
+
+def _gate_and_up(
+    gate_up_TN: Tensor, xa_TR: Tensor | None, b_NR: Tensor | None, rank: int, scale: float
+) -> _Pair:
+    dtype = accumulation_dtype(gate_up_TN.dtype)
+    gate_TI, up_TI = gate_up_TN.to(dtype).chunk(2, -1)
+    if xa_TR is not None and b_NR is not None:
+        xa_TR, b_NR, inner = xa_TR.to(dtype), b_NR.to(dtype), gate_TI.shape[1]
+        gate_TI = gate_TI + scale * (xa_TR[:, :rank] @ b_NR[:inner].T)
+        up_TI = up_TI + scale * (xa_TR[:, rank : 2 * rank] @ b_NR[inner:].T)
+    return gate_TI, up_TI
+
+
+def glu_reference(
+    gate_up_TN: Tensor,
+    *,
+    activation: str = "silu",
+    xa_TR: Tensor | None = None,
+    b_NR: Tensor | None = None,
+    rank: int = 0,
+    scale: float = 1.0,
+    out_TI: Tensor | None = None,
+) -> Tensor:
+    """`glu` in plain torch."""
+    gate_TI, up_TI = _gate_and_up(gate_up_TN, xa_TR, b_NR, rank, scale)
+    act_TI = (ACTIVATIONS[activation](gate_TI)[0] * up_TI).to(gate_up_TN.dtype)
+    return act_TI if out_TI is None else out_TI.copy_(act_TI)
+
+
+def glu_backward_reference_(
+    gate_up_TN: Tensor,
+    grad_act_TI: Tensor,
+    *,
+    activation: str = "silu",
+    xa_TR: Tensor | None = None,
+    b_NR: Tensor | None = None,
+    rank: int = 0,
+    scale: float = 1.0,
+    down_dxa_TR: Tensor | None = None,
+    down_a_RI: Tensor | None = None,
+) -> Tensor | None:
+    """`glu_backward_` in plain torch."""
+    gate_TI, up_TI = _gate_and_up(gate_up_TN, xa_TR, b_NR, rank, scale)
+    dtype, inner = gate_TI.dtype, gate_TI.shape[1]
+    grad_TI = grad_act_TI.to(dtype)
+    if down_dxa_TR is not None and down_a_RI is not None:
+        grad_TI = grad_TI + down_dxa_TR.to(dtype) @ down_a_RI.to(dtype)
+    value_TI, slope_TI = ACTIVATIONS[activation](gate_TI)
+    # all three before the first is written: in float32 and float64 the operands are views of the buffers
+    d_gate_TI, d_up_TI, act_TI = grad_TI * up_TI * slope_TI, grad_TI * value_TI, value_TI * up_TI
+    gate_up_TN[:, :inner] = d_gate_TI.to(gate_up_TN.dtype)
+    gate_up_TN[:, inner:] = d_up_TI.to(gate_up_TN.dtype)
+    grad_act_TI.copy_(act_TI.to(grad_act_TI.dtype))
+    adapter = _adapter(xa_TR, b_NR, rank, scale)
+    return None if adapter is None else _grad_xa(gate_up_TN.to(dtype), adapter).to(gate_up_TN.dtype)
+
+
+# ---------------------------------------------------------------------- public
+
+
+def glu(
+    gate_up_TN: Tensor,
+    *,
+    activation: str = "silu",
+    xa_TR: Tensor | None = None,
+    b_NR: Tensor | None = None,
+    rank: int = 0,
+    scale: float = 1.0,
+    out_TI: Tensor | None = None,
+) -> Tensor:
+    """f(gate) · up, the adapters of both added first where given.
+
+    Args:
+        gate_up_TN: `[gate | up]`; rows may be strided.
+        activation: a row of `ACTIVATIONS`.
+        xa_TR: `[T, 2 · rank]`, x·Aᵀ of gate and up side by side.
+        b_NR: `[2 · I, rank]`, B of gate and up below each other.
+        rank: rank of each of the two adapters.
+        scale: factor on the adapters' products.
+        out_TI: where the result goes; rows may be strided.
+
+    Returns:
+        `act_TI` in the type of `gate_up_TN`, which is `out_TI` where given. Not recorded by autograd.
+    """
+    if not use_triton(gate_up_TN):
+        return glu_reference(
+            gate_up_TN, activation=activation, xa_TR=xa_TR, b_NR=b_NR, rank=rank, scale=scale, out_TI=out_TI
+        )
+    assert activation in ACTIVATIONS
+    tokens, columns = gate_up_TN.shape
+    act_TI = out_TI
+    if act_TI is None:
+        act_TI = torch.empty((tokens, columns // 2), dtype=gate_up_TN.dtype, device=gate_up_TN.device)
+    assert gate_up_TN.stride(1) == act_TI.stride(1) == 1
+    _forward(gate_up_TN, activation, _adapter(xa_TR, b_NR, rank, scale), act_TI)
+    return act_TI
+
+
+def glu_backward_(
+    gate_up_TN: Tensor,
+    grad_act_TI: Tensor,
+    *,
+    activation: str = "silu",
+    xa_TR: Tensor | None = None,
+    b_NR: Tensor | None = None,
+    rank: int = 0,
+    scale: float = 1.0,
+    down_dxa_TR: Tensor | None = None,
+    down_a_RI: Tensor | None = None,
+) -> Tensor | None:
+    """Gradient of `glu`, in place: `gate_up_TN` becomes `[dgate | dup]`, and `grad_act_TI` becomes `act_TI`.
+
+    Args:
+        gate_up_TN: what the forward read; rows may be strided.
+        grad_act_TI: gradient of the forward's result; rows may be strided.
+        activation: that of the forward, as `xa_TR`, `b_NR`, `rank` and `scale` are.
+        down_dxa_TR: `[T, r]`, gradient of the down projection's x·Aᵀ, its scale included.
+        down_a_RI: `[r, I]`, A of the down projection; the product of the two is added to `grad_act_TI` first.
+
+    Returns:
+        The gradient of `xa_TR` in the type of `gate_up_TN`, None without an adapter.
+    """
+    if not use_triton(gate_up_TN):
+        return glu_backward_reference_(
+            gate_up_TN, grad_act_TI, activation=activation, xa_TR=xa_TR, b_NR=b_NR, rank=rank, scale=scale,
+            down_dxa_TR=down_dxa_TR, down_a_RI=down_a_RI,
+        )  # fmt: skip
+    assert activation in ACTIVATIONS
+    assert gate_up_TN.stride(1) == grad_act_TI.stride(1) == 1
+    adapter = _adapter(xa_TR, b_NR, rank, scale)
+    down = None
+    if down_dxa_TR is not None:
+        assert down_a_RI is not None
+        assert down_dxa_TR.stride(1) == down_a_RI.stride(1) == 1
+        down = (down_dxa_TR, down_a_RI)
+    if adapter is None and down is None:
+        _backward(gate_up_TN, grad_act_TI, activation)
+        return None
+    return _adapter_backward(gate_up_TN, grad_act_TI, activation, adapter, down)

@@ -1,0 +1,228 @@
+"""Replaces the computation of decoder layers on a model's own instances, and can undo it.
+
+No class is patched, no source rewritten, no state-dict key changed: each layer object gets a `forward` of its own
+that runs the hand-written node where it computes exactly the same, and the stock forward where it does not
+(generation with a KV cache, ready-made masks, adapters of other kinds). `install` says what it replaced and why
+not, and takes over `gradient_checkpointing_enable`, whose stock form would wrap the layer a second time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from operator import attrgetter
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.kernels.attention import Documents, Heads
+from tunesmith.models.decoder import dropout_seeds, run_layer
+from tunesmith.models.layer_call import Groups, LayerCall, LayerShape
+from tunesmith.models.offload import Offloader
+from tunesmith.models.policy import POLICIES, Policy
+from tunesmith.models.projections import Group, NotFusableError, join_weights, read_projection
+from tunesmith.planning.architectures import Architecture, find_architecture
+
+
+@dataclass
+class Installed:
+    """What `install` did to a model.
+
+    Attributes:
+        fused: names of the layers whose computation was replaced.
+        stock: (layer, reason) for each that was left alone.
+        fallbacks: how often a fused layer ran its stock forward, by reason.
+        policy: what fused layers hold between forward and backward; may be changed between steps.
+    """
+
+    model: Any
+    policy: Policy
+    offloader: Offloader
+    fused: list[str] = field(default_factory=list)
+    stock: list[tuple[str, str]] = field(default_factory=list)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    _undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def set_policy(self, name: str) -> None:
+        """Use another row of `POLICIES` from the next forward on."""
+        self.policy = POLICIES[name]
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """Rows (what, how, why) for people."""
+        rows = []
+        if self.fused:
+            rows.append((f"{len(self.fused)} decoder layers", "fused", f"activations: {self.policy.name}"))
+        reasons = Counter(reason for _, reason in self.stock)
+        rows += [(f"{count} decoder layers", "stock", reason) for reason, count in reasons.items()]
+        return rows
+
+    def undo(self) -> None:
+        """Give every layer its stock computation back."""
+        while self._undo:
+            self._undo.pop()()
+
+
+class _FusedForward:
+    """The `forward` of one layer instance."""
+
+    def __init__(self, layer: Any, row: Architecture, shape: LayerShape, installed: Installed) -> None:
+        self._stock = layer.forward
+        self._shape = shape
+        self._installed = installed
+        get = {name: attrgetter(name) for name in (*row.qkv, row.output, *row.gate_up, row.down, *row.norms)}
+        # modules are looked up at every call: PEFT replaces a linear layer by a wrapper when an adapter is added
+        self._groups: tuple[tuple[Callable[[Any], Any], ...], ...] = (
+            tuple(get[name] for name in row.qkv),
+            (get[row.output],),
+            tuple(get[name] for name in row.gate_up),
+            (get[row.down],),
+        )
+        self._norms = (get[row.norms[0]], get[row.norms[1]])
+
+    def __call__(self, layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        reason = self._refusal(hidden_states, args, kwargs)
+        if reason is None:
+            try:
+                return self._fused(layer, hidden_states, kwargs)
+            except NotFusableError as error:
+                reason = str(error)
+        self._installed.fallbacks[reason] += 1
+        stock: Tensor = self._stock(hidden_states, *args, **kwargs)
+        return stock
+
+    def _refusal(self, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why this call is not for the fused node, or None."""
+        if args:
+            return "positional arguments"
+        if kwargs.get("attention_mask") is not None:
+            return "a ready-made attention mask"
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if cache is not None and not (torch.is_grad_enabled() and cache.get_seq_length() == 0):
+            return "a KV cache"
+        if kwargs.get("position_embeddings") is None:
+            return "no position embeddings"
+        if hidden_states.ndim != 3:
+            return "hidden states that are not [batch, tokens, hidden]"
+        return None
+
+    def _fused(self, layer: Any, hidden_BTD: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        groups = Groups(
+            *(Group(tuple(read_projection(get(layer)) for get in getters)) for getters in self._groups)
+        )
+        norms = (self._norms[0](layer), self._norms[1](layer))
+        if norms[0].weight.requires_grad or norms[1].weight.requires_grad:
+            raise NotFusableError("its norms are trained")
+        batch, tokens, width = hidden_BTD.shape
+        cos_TK, sin_TK = (_rows(table, batch, tokens) for table in kwargs["position_embeddings"])
+        call = LayerCall(
+            shape=self._shape,
+            groups=groups,
+            norms=norms,
+            cos_TK=cos_TK,
+            sin_TK=sin_TK,
+            documents=_documents(kwargs, batch, tokens, hidden_BTD.device),
+            policy=self._installed.policy,
+            offloader=self._installed.offloader,
+            seeds=dropout_seeds(groups),
+        )
+        return run_layer(call, hidden_BTD.reshape(batch * tokens, width)).view(batch, tokens, width)
+
+
+def _rows(table_BTK: Tensor, batch: int, tokens: int) -> Tensor:
+    """Cosines or sines as `[batch · tokens, K]`."""
+    return table_BTK.expand(batch, tokens, -1).reshape(batch * tokens, -1)
+
+
+def _documents(kwargs: dict[str, Any], batch: int, tokens: int, device: torch.device) -> Documents:
+    lengths = kwargs.get("document_lengths")
+    if lengths is not None:
+        return Documents(tuple(lengths), kwargs["cu_seq_lens_q"])
+    cu_seqlens = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=device)
+    return Documents((tokens,) * batch, cu_seqlens)
+
+
+def _shape_of(config: Any, row: Architecture) -> LayerShape:
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = Heads(config.num_attention_heads, config.num_key_value_heads, size)
+    return LayerShape(heads=heads, eps=float(getattr(config, row.eps)), activation="silu")
+
+
+def _check_layer(layer: Any, row: Architecture) -> None:
+    """Raise `NotFusableError` for a layer that the fused node does not compute, as it is now."""
+    for name in (*row.qkv, row.output, *row.gate_up, row.down):
+        try:
+            projection = read_projection(attrgetter(name)(layer))
+        except NotFusableError as error:
+            raise NotFusableError(f"{name}: {error}") from error
+        base = projection.base
+        if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+            raise NotFusableError(f"{name}: its weight is trained")
+    for name in row.norms:
+        if attrgetter(name)(layer).weight.requires_grad:
+            raise NotFusableError(f"{name}: its weight is trained")
+
+
+def _decoder_layers(model: Any) -> Sequence[nn.Module]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    backbone = base.get_decoder() if hasattr(base, "get_decoder") else base
+    layers: Sequence[nn.Module] = getattr(backbone, "layers", ())
+    return layers
+
+
+def install(model: Any, *, policy: str = "keep") -> Installed:
+    """Give a model's decoder layers the hand-written computation, in place and reversibly.
+
+    Args:
+        model: a causal model of transformers, with or without a PEFT adapter.
+        policy: a row of `POLICIES`.
+
+    Returns:
+        What was replaced, what was not and why; `undo()` restores the model.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    device = next(model.parameters()).device
+    installed = Installed(model, POLICIES[policy], Offloader(enabled=device.type == "cuda"))
+    config = base.config.get_text_config()
+    row, reason = find_architecture(config)
+    for number, layer in enumerate(_decoder_layers(model)):
+        if row is None:
+            installed.stock.append((f"layers.{number}", reason))
+            continue
+        try:
+            _check_layer(layer, row)
+        except NotFusableError as error:
+            installed.stock.append((f"layers.{number}", str(error)))
+            continue
+        _replace_forward(layer, row, _shape_of(config, row), installed)
+        installed.fused.append(f"layers.{number}")
+    if installed.fused:
+        _take_over_checkpointing(base, installed)
+    return installed
+
+
+def _replace_forward(layer: Any, row: Architecture, shape: LayerShape, installed: Installed) -> None:
+    for names in (row.qkv, row.gate_up):
+        join_weights([read_projection(attrgetter(name)(layer)).base for name in names])
+    forward = _FusedForward(layer, row, shape, installed)
+    layer.forward = MethodType(lambda self, *args, **kwargs: forward(self, *args, **kwargs), layer)
+    installed._undo.append(partial(layer.__dict__.pop, "forward", None))
+
+
+def _take_over_checkpointing(base: Any, installed: Installed) -> None:
+    """Map transformers' gradient checkpointing onto policies for as long as the layers are fused."""
+
+    def enable(_self: Any, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
+        del gradient_checkpointing_kwargs
+        installed.set_policy("recompute")
+
+    def disable(_self: Any, **_: Any) -> None:
+        installed.set_policy("keep")
+
+    base.gradient_checkpointing_enable = MethodType(enable, base)
+    base.gradient_checkpointing_disable = MethodType(disable, base)
+    for name in ("gradient_checkpointing_enable", "gradient_checkpointing_disable"):
+        installed._undo.append(partial(base.__dict__.pop, name, None))

@@ -1,0 +1,141 @@
+"""What one call of a fused decoder layer works with: its shape, its projections now, its operands and its stash.
+
+Shape suffixes: T tokens, D hidden size, N columns of qkv, K head size or input columns, Q ranks of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tunesmith.kernels.attention import Documents, Heads
+from tunesmith.kernels.rms_norm import rms_norm
+from tunesmith.kernels.rope import rope_qkv_
+from tunesmith.models.offload import Offloader
+from tunesmith.models.policy import Policy
+from tunesmith.models.projections import Group, Operands, build_operands
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What is constant in a layer.
+
+    Attributes:
+        heads: layout of the fused q, k, v buffer.
+        eps: of both norms.
+        activation: row of the kernel's table, such as `silu`.
+        norm_offset: added to the norm weights (1 for Gemma).
+        rotary_dim: leading columns of a head that rotate.
+    """
+
+    heads: Heads
+    eps: float
+    activation: str
+    norm_offset: float = 0.0
+    rotary_dim: int | None = None
+
+
+class Groups(NamedTuple):
+    """The four groups of projections of a layer, as they are at this call."""
+
+    qkv: Group
+    output: Group
+    gate_up: Group
+    down: Group
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """Everything of one call that is no tensor to differentiate.
+
+    Attributes:
+        norms: the modules of the two norms.
+        cos_TK: RoPE cosines of every token; sin_TK likewise.
+        seeds: seeds of the four groups' dropout masks.
+    """
+
+    shape: LayerShape
+    groups: Groups
+    norms: tuple[Any, Any]
+    cos_TK: Tensor
+    sin_TK: Tensor
+    documents: Documents
+    policy: Policy
+    offloader: Offloader
+    seeds: tuple[int, int, int, int]
+
+    def rope_(
+        self, qkv_TN: Tensor, *, inverse: bool = False, adapter: tuple[Tensor, Tensor, int] | None = None
+    ) -> None:
+        """Add the adapters of q, k and v, if given as (u, B, rank), and rotate q and k in place."""
+        heads = self.shape.heads
+        u_TQ, b_NR, rank = adapter if adapter is not None else (None, None, 0)
+        rope_qkv_(
+            qkv_TN, self.cos_TK, self.sin_TK,
+            heads=heads.query, kv_heads=heads.key_value, head_dim=heads.size, rotary_dim=self.shape.rotary_dim,
+            inverse=inverse, xa_TR=u_TQ, b_NR=b_NR, rank=rank,
+        )  # fmt: skip
+
+    def norm(self, number: int, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The first (0) or second (1) norm: normed rows and their reciprocal root mean squares."""
+        shape = self.shape
+        weight_D = self.norms[number].weight.to(hidden_TD.dtype)
+        normed_TD, rstd_T, _ = rms_norm(hidden_TD, weight_D, shape.eps, offset=shape.norm_offset)
+        return normed_TD, rstd_T
+
+
+@dataclass(slots=True)
+class Stash:
+    """What lies between forward and backward. The small tensors are always kept; the large ones by policy."""
+
+    small: dict[str, Tensor] = field(default_factory=dict)
+    large: dict[str, Tensor] = field(default_factory=dict)
+    backend: str = ""
+
+
+STAGE_TENSORS: dict[str, Callable[[str], bool]] = {
+    "qkv": lambda name: name == "qkv",
+    "attention": lambda name: name == "output" or name.startswith("attention."),
+    "middle": lambda name: name == "middle",
+    "gate_up": lambda name: name == "gate_up",
+}
+"""Which large tensors belong to a stage of a policy."""
+
+
+class Weights:
+    """Base weights of the groups for one pass, each dequantised at most once and dropped after its last use."""
+
+    def __init__(self, groups: Groups, dtype: torch.dtype) -> None:
+        self._groups, self._dtype = groups, dtype
+        self._held: dict[str, Tensor] = {}
+
+    def get(self, name: str, *, last: bool) -> Tensor:
+        """The weight `[N, K]` of a group; `last` drops it when the caller lets go of it."""
+        weight = self._held.pop(name, None)
+        if weight is None:
+            group: Group = getattr(self._groups, name)
+            weight = group.weight(self._dtype)
+        if not last:
+            self._held[name] = weight
+        return weight
+
+
+@dataclass(frozen=True, slots=True)
+class AllOperands:
+    """Adapter operands of the four groups; `backward` says that weights are needed again in this pass."""
+
+    qkv: Operands | None
+    output: Operands | None
+    gate_up: Operands | None
+    down: Operands | None
+    backward: bool
+
+    @classmethod
+    def build(cls, groups: Groups, dtype: torch.dtype, *, backward: bool) -> AllOperands:
+        """Cast the adapters of all four groups."""
+        qkv, output, gate_up, down = build_operands(groups, dtype)
+        return cls(qkv, output, gate_up, down, backward)

@@ -1,0 +1,127 @@
+"""Moves what layers keep to pinned host memory and brings it back in time, on streams of its own.
+
+Forward pushes the tensors of layer after layer; backward pulls them in the reverse order, and while one layer is
+computed the next one's tensors are already on their way. The copies run at about 54 GB/s each way beside the
+compute and cost it next to nothing; what must be right is who may touch a buffer when:
+
+- a tensor is copied out after the compute stream has written it, and stays referenced until the copy is done;
+- memory for a tensor coming back is allocated on the compute stream, so the copy waits for whatever used that
+  memory before, and compute waits for the copy;
+- host buffers return to a pool only when the copy back has been enqueued, and a new copy out into one of them
+  waits for that copy on the same stream.
+
+On a CPU the same calls keep the tensors as they are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+IN_FLIGHT = 2
+"""Layers whose copies may be under way at once: the one that was computed last, and the one before."""
+
+
+@dataclass
+class Handle:
+    """Tensors of one layer on their way to the host or back."""
+
+    shapes: list[tuple[torch.Size, torch.dtype]]
+    host: list[Tensor] = field(default_factory=list)
+    device: list[Tensor] = field(default_factory=list)
+    copied_out: torch.cuda.Event | None = None
+    copied_in: torch.cuda.Event | None = None
+    where: torch.device | None = None
+
+
+class Offloader:
+    """Host memory shared by the layers of one model.
+
+    Args:
+        enabled: False keeps tensors where they are (CPU).
+    """
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._enabled = enabled
+        self._pool: dict[int, list[Tensor]] = {}
+        self._pushed: list[Handle] = []
+        self._leaving: deque[Handle] = deque()
+        self.host_bytes = 0
+        self._stream = torch.cuda.Stream() if enabled else None
+
+    def push(self, tensors: list[Tensor]) -> Handle:
+        """Start moving tensors to the host; their device memory is given back as soon as they have left."""
+        handle = Handle([(tensor.shape, tensor.dtype) for tensor in tensors])
+        if self._stream is None:
+            handle.device = list(tensors)
+            return handle
+        handle.where = tensors[0].device
+        handle.device = [tensor.contiguous() for tensor in tensors]
+        handle.host = [self._host_buffer(tensor) for tensor in handle.device]
+        compute = torch.cuda.current_stream(handle.where)
+        self._stream.wait_stream(compute)
+        with torch.cuda.stream(self._stream):
+            for host, tensor in zip(handle.host, handle.device, strict=True):
+                host.copy_(tensor, non_blocking=True)
+            handle.copied_out = self._stream.record_event()
+        self._pushed.append(handle)
+        self._leaving.append(handle)
+        while len(self._leaving) > IN_FLIGHT:
+            self._drop_device(self._leaving.popleft(), compute)
+        return handle
+
+    def _drop_device(self, handle: Handle, compute: torch.cuda.Stream) -> None:
+        assert handle.copied_out is not None
+        if handle.copied_in is None:  # not asked back in the meantime
+            compute.wait_event(handle.copied_out)  # the allocator may hand the memory to compute from here on
+            handle.device = []
+
+    def _host_buffer(self, tensor: Tensor) -> Tensor:
+        size = tensor.numel() * tensor.element_size()
+        free = self._pool.setdefault(size, [])
+        if free:
+            flat = free.pop()
+        else:
+            flat = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            self.host_bytes += size
+        return flat.view(tensor.dtype).view(tensor.shape)
+
+    def pull(self, handle: Handle) -> list[Tensor]:
+        """The tensors back on their device; also starts on those of the layer that was pushed before."""
+        if self._stream is None:
+            return handle.device
+        self._bring_back(handle)
+        if handle in self._pushed:
+            del self._pushed[self._pushed.index(handle) :]
+        if self._pushed:
+            self._bring_back(self._pushed[-1])
+        assert handle.where is not None
+        assert handle.copied_in is not None
+        torch.cuda.current_stream(handle.where).wait_event(handle.copied_in)
+        tensors, handle.device = handle.device, []
+        return tensors
+
+    def _bring_back(self, handle: Handle) -> None:
+        assert self._stream is not None
+        if handle.copied_in is not None:
+            return
+        compute = torch.cuda.current_stream(handle.where)
+        if handle.device:  # still there: it was among the last to leave
+            assert handle.copied_out is not None
+            if handle in self._leaving:
+                self._leaving.remove(handle)
+            handle.copied_in = handle.copied_out
+        else:
+            handle.device = [torch.empty(s, dtype=d, device=handle.where) for s, d in handle.shapes]
+            self._stream.wait_stream(compute)
+            with torch.cuda.stream(self._stream):
+                for host, tensor in zip(handle.host, handle.device, strict=True):
+                    tensor.copy_(host, non_blocking=True)
+                handle.copied_in = self._stream.record_event()
+        for host in handle.host:
+            flat = host.flatten().view(torch.uint8)
+            self._pool[flat.numel()].append(flat)
+        handle.host = []

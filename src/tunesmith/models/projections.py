@@ -1,0 +1,304 @@
+"""Reads what a linear layer is at this moment: base weight, bias, and the adapters that are active on it.
+
+PEFT's state may change between two calls (another adapter active, adapters disabled, merged, added), so nothing
+is remembered: `read_projection` looks at every call. What it returns refers to modules, not to tensors, and the
+tensors are fetched at the moment of use: FSDP2 and ZeRO-3 free them after forward and gather them again before
+backward.
+
+Shape suffixes: N output columns, K input columns, R rank, P projections of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.kernels.nf4 import dequantize_nf4
+
+
+class NotFusableError(Exception):
+    """A linear layer is in a state that the fused layer does not compute; says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One active LoRA adapter of a projection: y += scaling · dropout(x) Aᵀ Bᵀ."""
+
+    a: nn.Linear
+    b: nn.Linear
+    scaling: float
+    dropout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A linear layer with the adapters that are active on it.
+
+    Attributes:
+        base: `nn.Linear` or bitsandbytes' `Linear4bit`.
+        adapters: in the order in which PEFT adds them.
+    """
+
+    base: Any
+    adapters: tuple[Adapter, ...]
+
+    @property
+    def rank(self) -> int:
+        """Sum of the ranks of the active adapters (R)."""
+        return sum(adapter.a.out_features for adapter in self.adapters)
+
+
+_NO_ADAPTERS: tuple[Adapter, ...] = ()
+
+
+def read_projection(module: Any) -> Projection:
+    """What `module` computes now.
+
+    Raises:
+        NotFusableError: it is no plain or 4-bit linear layer, or carries an adapter that is no plain LoRA.
+    """
+    if not hasattr(module, "lora_A"):
+        _check_base(module)
+        return Projection(module, _NO_ADAPTERS)
+    base = module.base_layer
+    _check_base(base)
+    if module.disable_adapters or module.merged:
+        if module.disable_adapters and module.merged:
+            raise NotFusableError(
+                "its adapters are disabled while merged"
+            )  # PEFT un-merges in its own forward
+        return Projection(base, _NO_ADAPTERS)
+    adapters = []
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        if name in module.lora_variant:
+            raise NotFusableError(
+                f"adapter {name} is {type(module.lora_variant[name]).__name__}, not plain LoRA"
+            )
+        a, b = module.lora_A[name], module.lora_B[name]
+        if b.bias is not None:
+            raise NotFusableError(f"adapter {name} has a bias")
+        drop = module.lora_dropout[name]
+        rate = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+        adapters.append(Adapter(a, b, float(module.scaling[name]), rate))
+    return Projection(base, tuple(adapters))
+
+
+def _check_base(module: Any) -> None:
+    kind = type(module).__name__
+    if kind == "Linear4bit":
+        state = getattr(module.weight, "quant_state", None)
+        if state is None or state.quant_type != "nf4":
+            raise NotFusableError("its 4-bit weights are not NF4")
+    elif not isinstance(module, nn.Linear) or kind not in ("Linear", "FSDPLinear"):
+        raise NotFusableError(f"it is a {kind}")
+
+
+def weight_shape(base: Any) -> tuple[int, int]:
+    """Output and input columns of a linear layer, however its weight is held."""
+    return base.out_features, base.in_features
+
+
+def write_weight(base: Any, out_NK: Tensor) -> None:
+    """Write the base weight into `out_NK`, dequantised where it is held in 4 bits."""
+    weight = base.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        out_NK.copy_(weight)
+        return
+    nested = None
+    if state.nested:
+        inner = state.state2
+        nested = (state.absmax, inner.absmax, inner.code, state.offset, inner.blocksize)
+    dequantize_nf4(
+        weight.data.view(torch.uint8).flatten(), state.absmax, out_NK,
+        code=state.code, blocksize=state.blocksize, nested=nested,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Projections that read the same input and write side by side into one output.
+
+    Attributes:
+        projections: in the order of their columns.
+    """
+
+    projections: tuple[Projection, ...]
+
+    @property
+    def widths(self) -> list[int]:
+        """Output columns of each projection."""
+        return [weight_shape(projection.base)[0] for projection in self.projections]
+
+    @property
+    def columns(self) -> int:
+        """Output columns of the group (N)."""
+        return sum(self.widths)
+
+    @property
+    def inputs(self) -> int:
+        """Input columns (K)."""
+        return weight_shape(self.projections[0].base)[1]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank among the projections (R); 0 where there is no adapter at all."""
+        return max(projection.rank for projection in self.projections)
+
+    @property
+    def dropout(self) -> float:
+        """The largest dropout rate among the adapters."""
+        return max((a.dropout for p in self.projections for a in p.adapters), default=0.0)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The group's weight `[N, K]` in `dtype`: a view where it lies in one piece already, else a new buffer."""
+        bases = [projection.base for projection in self.projections]
+        whole = _adjacent([base.weight for base in bases], dtype)
+        if whole is not None:
+            return whole
+        out_NK = torch.empty(self.columns, self.inputs, dtype=dtype, device=bases[0].weight.device)
+        for base, rows_NK in zip(bases, out_NK.split(self.widths), strict=True):
+            write_weight(base, rows_NK)
+        return out_NK
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The group's bias `[N]`, or None where no projection has one."""
+        biases = [projection.base.bias for projection in self.projections]
+        if all(bias is None for bias in biases):
+            return None
+        device = self.projections[0].base.weight.device
+        return torch.cat([
+            torch.zeros(width, dtype=dtype, device=device) if bias is None else bias.to(dtype)
+            for bias, width in zip(biases, self.widths, strict=True)
+        ])  # fmt: skip
+
+
+def _adjacent(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+    """One view over weights whose rows follow each other in memory, as `join_weights` lays them."""
+    first = weights[0]
+    if first.dtype != dtype or first.ndim != 2 or not first.is_contiguous():
+        return None
+    if len(weights) == 1:
+        return first.detach()
+    at = first.data_ptr()
+    storage = first.untyped_storage().data_ptr()
+    for weight in weights:
+        fits = weight.dtype == dtype and weight.is_contiguous() and weight.data_ptr() == at
+        if not fits or weight.untyped_storage().data_ptr() != storage:
+            return None
+        at += weight.numel() * weight.element_size()
+    rows = sum(weight.shape[0] for weight in weights)
+    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+
+
+@torch.no_grad()
+def join_weights(bases: Sequence[Any]) -> None:
+    """Lay the weights of plain linear layers one after the other, so that one GEMM serves them all.
+
+    Each stays a contiguous parameter of its own with its name and shape; only its storage moves. 4-bit weights
+    are left alone: they are dequantised side by side anyway.
+    """
+    weights = [base.weight for base in bases]
+    plain = all(w.ndim == 2 and w.dtype.is_floating_point and w.dtype == weights[0].dtype for w in weights)
+    if not plain or _adjacent(weights, weights[0].dtype) is not None:
+        return
+    joined = torch.cat([weight.detach() for weight in weights])
+    for weight, rows in zip(weights, joined.split([w.shape[0] for w in weights]), strict=True):
+        weight.data = rows
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """The adapters of a group as GEMM operands in the compute type; None without adapters.
+
+    Attributes:
+        a_QK: `[P·R, K]`, the A matrices of the projections one below the other, zero rows up to R.
+        b_NR: `[N, R]`, the B matrices times their scaling one below the other, zero columns up to R.
+    """
+
+    a_QK: Tensor
+    b_NR: Tensor
+
+
+def adapter_parameters(groups: Sequence[Group]) -> list[Tensor]:
+    """All A and B parameters of the groups in a fixed order: per projection and adapter, A then B."""
+    return [
+        weight
+        for group in groups
+        for projection in group.projections
+        for adapter in projection.adapters
+        for weight in (adapter.a.weight, adapter.b.weight)
+    ]
+
+
+@torch.no_grad()
+def build_operands(groups: Sequence[Group], dtype: torch.dtype) -> list[Operands | None]:
+    """Cast the adapters of several groups into GEMM operands, all of them in two or three launches.
+
+    The scaling is multiplied into B in the type of its parameter and rounded once.
+    """
+    operands: list[Operands | None] = []
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    scaled: list[tuple[int, float]] = []
+    for group in groups:
+        rank = group.rank
+        if rank == 0:
+            operands.append(None)
+            continue
+        ragged = any(projection.rank != rank for projection in group.projections)
+        make = torch.zeros if ragged else torch.empty
+        device = group.projections[0].base.weight.device
+        a_QK = make(len(group.projections) * rank, group.inputs, dtype=dtype, device=device)
+        b_NR = make(group.columns, rank, dtype=dtype, device=device)
+        operands.append(Operands(a_QK, b_NR))
+        for number, (projection, rows_NR) in enumerate(
+            zip(group.projections, b_NR.split(group.widths), strict=True)
+        ):
+            at = 0
+            for adapter in projection.adapters:
+                width = adapter.a.out_features
+                targets += [
+                    a_QK[number * rank + at : number * rank + at + width],
+                    rows_NR[:, at : at + width],
+                ]
+                sources += [adapter.a.weight, adapter.b.weight]
+                if adapter.scaling != 1.0:
+                    scaled.append((len(sources) - 1, adapter.scaling))
+                at += width
+    if scaled:
+        factors = [factor for _, factor in scaled]
+        products = torch._foreach_mul([sources[index] for index, _ in scaled], factors)
+        for (index, _), product in zip(scaled, products, strict=True):
+            sources[index] = product
+    if targets:
+        torch._foreach_copy_(targets, sources)
+    return operands
+
+
+def split_gradients(group: Group, grad_a_QK: Tensor, grad_b_NR: Tensor) -> list[Tensor]:
+    """Gradients of a group's operands as gradients of its parameters, in the order of `adapter_parameters`."""
+    grads: list[Tensor] = []
+    rank = group.rank
+    for number, (projection, rows_NR) in enumerate(
+        zip(group.projections, grad_b_NR.split(group.widths), strict=True)
+    ):
+        at = 0
+        for adapter in projection.adapters:
+            width = adapter.a.out_features
+            grads.append(
+                grad_a_QK[number * rank + at : number * rank + at + width].to(adapter.a.weight.dtype)
+            )
+            # B enters as scaling · B, so its gradient carries the scaling
+            grad_b = rows_NR[:, at : at + width]
+            grads.append(
+                (grad_b * adapter.scaling if adapter.scaling != 1.0 else grad_b).to(adapter.b.weight.dtype)
+            )
+            at += width
+    return grads
