@@ -16,8 +16,8 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-
 from shapes import batch_size, random_model
+
 from tunesmith.contracts.batch import TokenBatch
 from tunesmith.distributed.single import SingleDevice
 from tunesmith.models.attention import packed_attention

@@ -22,6 +22,7 @@ from tests.support.runs import run_settings, train
 from tests.support.tiny import save_tiny_model
 from tunesmith.cli import main
 from tunesmith.config.run_dir import claimed_run_dir
+from tunesmith.contracts.errors import StorageError
 
 ROW = json.dumps({"question": "how many", "answer": "four"}) + "\n"
 
@@ -293,10 +294,13 @@ def test_going_on_needs_no_room_for_what_is_there(
 
     settings = run_settings(tiny_model_dir, tmp_path, output={"save_every": 2, "keep": 1})
     train(settings)
-    one = sum(f.stat().st_size for f in (tmp_path / "run/checkpoints/step-00000006").iterdir())
-    monkeypatch.setattr(storage, "free_bytes", lambda _: 2 * one)
-    settings["train"]["steps"] = 12
+    checkpoint = 3 * (tmp_path / "run/adapter/adapter_model.safetensors").stat().st_size  # with two moments
+    settings["train"]["steps"] = 12  # room for three: one is kept, one is the best, one is in the making
+    monkeypatch.setattr(storage, "free_bytes", lambda _: 2 * checkpoint)
     assert train(settings).steps == 12
+    (tmp_path / "other").mkdir()
+    with pytest.raises(StorageError, match="are free"):
+        train(settings | {"output": settings["output"] | {"dir": str(tmp_path / "other")}})
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ memory: 3
             "train.global_batch is '0 tokens'; expected a whole number or a number of tokens such as"
             " '32768 tokens'",
         ),
-        ("train: {max_grad_norm: .nan}", "train.max_grad_norm is nan; expected a number above 0.0"),
+        ("train: {max_grad_norm: .nan}", "train.max_grad_norm is nan; expected a finite number"),
         ("data: {train: {path: a}}", "data.train is {'path': 'a'}; expected a list"),
         ("data: {train: []}", "data.train is []; expected at least 1 entry"),
         ("data: {train: [a]}", "data.train.0 is 'a'; expected a section of settings"),

@@ -87,3 +87,14 @@ def test_adapters_in_another_type_are_widened():
     ours = glu.glu_backward_(grads[0], acts[0], **options)
     exact = glu.glu_backward_reference_(grads[1], acts[1], **options)
     assert torch.allclose(ours.float(), exact.float(), rtol=0.05, atol=0.1)
+
+
+def test_norm_is_that_of_the_rounded_sum():
+    """The stream that the next layer reads is the rounded one; the norm of anything else is off by more than 1e-6."""
+    torch.manual_seed(0)
+    hidden, residual = torch.randn(4, 16).half(), torch.randn(4, 16).half()
+    _, ours, _ = rms_norm.rms_norm(hidden, torch.ones(16), 1e-6, residual_TD=residual)
+    _, exact, _ = rms_norm.rms_norm_reference(hidden, torch.ones(16), 1e-6, residual_TD=residual)
+    unrounded = (hidden.float() + residual.float()).square().mean(-1).rsqrt()
+    assert torch.allclose(ours, exact, rtol=1e-6, atol=0)
+    assert not torch.allclose(ours, unrounded, rtol=1e-6, atol=0)

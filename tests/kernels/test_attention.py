@@ -37,7 +37,7 @@ def _plain(fused: torch.Tensor, heads: Heads, lengths: tuple[int, ...]) -> torch
     return torch.cat(outputs)
 
 
-def _check(name: str, dtype: torch.dtype, lengths: tuple[int, ...], heads: Heads, device: str, tolerance: float, pad=0):
+def _check(name, dtype, lengths: tuple[int, ...], heads: Heads, device: str, tolerance: float, pad: int = 0):
     torch.manual_seed(0)
     total = sum(lengths)
     buffer = torch.randn(total, heads.columns + pad, dtype=torch.float64, device=device).to(dtype)

@@ -66,7 +66,7 @@ def _filled_in(value: Any, places: Mapping[str, str]) -> Any:
 def run_demo(console: Console, overrides: Sequence[str]) -> None:
     """Fine-tune the demo model on a slice of GSM8K and show what changed."""
     console.print(
-        f"[bold]Tunesmith demo[/]: a LoRA adapter teaches {_NAME} to solve grade-school maths (GSM8K)\n"
+        f"[bold]Tunesmith demo[/]: a LoRA adapter teaches {_NAME} to solve grade-school maths (GSM8K) "
         "step by step. The loss is measured on held-out problems before and after.\n"
     )
     model = _model_folder(console)

@@ -88,7 +88,9 @@ def _print_record(console: Console, row: Row) -> None:
     _stop(console, f"record · {row.where}")
     if row.record is not None:
         console.print(
-            _clipped(json.dumps(row.record, indent=2, ensure_ascii=False, default=str)), markup=False
+            _clipped(json.dumps(row.record, indent=2, ensure_ascii=False, default=str)),
+            markup=False,
+            soft_wrap=True,
         )
 
 

@@ -68,7 +68,7 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
 def inspect(
     run_file: RunFile,
     overrides: Overrides = None,
-    row: Annotated[int, typer.Option(min=0, help="Number of the row in the first source, from 0.")] = 0,
+    row: Annotated[int, typer.Option(min=0, help="Number of the row in the source, from 0.")] = 0,
     source: Annotated[int, typer.Option(min=0, help="Number of the training source, from 0.")] = 0,
 ) -> None:
     """Show one row at every stop: record, conversation, text, tokens in colour by mask, place in a pack."""

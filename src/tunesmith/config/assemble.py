@@ -105,26 +105,24 @@ def _fit(settings: RunSettings, causal: CausalModel, backend: SingleDevice, data
     return fit
 
 
+_FIXED = {
+    "model": ("name", "revision", "quantize", "dtype", "freeze"),
+    "adapter": ("kind", "rank", "alpha", "dropout", "targets", "path"),
+    "objective": ("kind",),
+    "train": ("sequence_length", "packing", "global_batch", "optimizer", "weight_decay", "betas", "seed"),
+}
+"""Settings that a run keeps from its first step to its last; the others may change when it goes on."""
+
+
 def _identity(settings: RunSettings, data: PreparedData) -> dict[str, Any]:
     """What must stay the same when a run goes on, or its place in the data would mean something else."""
     digest = hashlib.sha256(data.renderer.fingerprint().encode())
     digest.update(data.corpus.lengths.tobytes())
     digest.update(data.train_N.tobytes())
-    train = settings.train
-    return {
-        "model.name": settings.model.name,
-        "model.quantize": settings.model.quantize,
-        "adapter.kind": settings.adapter.kind,
-        "adapter.rank": settings.adapter.rank,
-        "adapter.targets": settings.adapter.model_dump(mode="json")["targets"],
-        "objective.kind": settings.objective.kind,
-        "train.sequence_length": train.sequence_length,
-        "train.packing": train.packing,
-        "train.global_batch": train.global_batch,
-        "train.optimizer": train.optimizer,
-        "train.seed": train.seed,
-        "the data": digest.hexdigest()[:16],
-    }
+    digest.update(repr(data.corpus.weights).encode())
+    plain = settings.model_dump(mode="json")
+    fixed = {f"{section}.{name}": plain[section][name] for section, names in _FIXED.items() for name in names}
+    return fixed | {"data": digest.hexdigest()}
 
 
 def _check_space(

@@ -62,8 +62,8 @@ def _execute(
     quiet_libraries()
     with console.status("preparing data and model"):
         run = assemble(settings, folder)
-    print_plan(console, run)
     resumed = _resume(run, console)
+    print_plan(console, run)
     write_run_files(folder, settings)  # not before: refused settings must not replace those of the checkpoint
     before = _answers(run, questions, answer_tokens)
     log = EventLog(folder / "events.jsonl", keep_until=run.trainer.step if resumed else None)

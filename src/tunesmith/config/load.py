@@ -36,6 +36,7 @@ _EXPECTED = {
     "less_than_equal": "expected a number of at most {le}",
     "too_short": "expected at least {min_length} entry",
     "string_too_short": "expected some text",
+    "finite_number": "expected a finite number",
     "literal_error": "expected {expected}",
 }
 
@@ -158,6 +159,8 @@ def _problem(document: Document, path: KeyPath, errors: list[ErrorDetails]) -> P
     if kind == "missing":
         return Problem(document.place(path), f"{name} is missing", "this setting has no default")
     expected = []
+    if len(errors) > 1:  # "or text" says nothing beside what the text may be
+        errors = [each for each in errors if each["type"] != "string_type"] or errors
     for each in errors:
         context = each.get("ctx", {})
         text = _EXPECTED.get(each["type"])

@@ -155,7 +155,7 @@ def print_result(console: Console, result: RunResult) -> None:
     _show(console, rows, whole_lines=True)
     if result.loss_curve is None:
         console.print(
-            "For a loss curve install matplotlib: pip install 'tunesmith[plot]'", style="dim", markup=False
+            "For a loss curve install matplotlib: pip install matplotlib", style="dim", markup=False
         )
     if result.reason == "interrupted":
         console.print(

@@ -151,7 +151,8 @@ def open_source(
     if local.exists() or any(mark in label for mark in "*?["):
         files = _find_files(local, label, split_name)
         return Source(label, split or selection, part, lambda: _read_all(files), lambda: _hash_all(files))
-    if not looks_like_hub_name(label) or suffix_of(label) in READERS:
+    mistyped = bool(local.suffix) and bool(_near(local))  # `rows.jsno` beside `rows.jsonl`
+    if not looks_like_hub_name(label) or suffix_of(label) in READERS or mistyped:
         raise _missing(local)
     whole = split if split_name is not None else f"train{split or ''}"
     hub = HubRows(label, split=whole or "train", name=name, revision=revision)
@@ -291,6 +292,13 @@ def _read_metadata(path: Path, key: str) -> list[Any]:
     return list(found)
 
 
+def _near(path: Path) -> list[str]:
+    """The name in the folder of `path` that is most like it, if one is."""
+    folder = path.absolute().parent
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    return difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+
+
 def _missing(path: Path) -> DataError:
     """The error for a path that leads nowhere, with the nearest name that exists."""
     absolute = path.absolute()
@@ -300,7 +308,6 @@ def _missing(path: Path) -> DataError:
             f"There is no file {absolute}: the folder {folder} does not exist.",
             hint=f"Relative paths start at the current directory, {Path.cwd()}.",
         )
-    names = sorted(entry.name for entry in folder.iterdir())
-    nearest = difflib.get_close_matches(absolute.name, names, n=1, cutoff=0.5)
+    nearest = _near(absolute)
     hint = f"The nearest name there is {nearest[0]}." if nearest else f"{folder} holds no similar name."
     return DataError(f"There is no file {absolute}.", hint=hint)

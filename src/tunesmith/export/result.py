@@ -7,6 +7,7 @@ whole model. Either way the tokenizer and its chat template lie beside it, and t
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,6 +81,7 @@ def _write(
         (temporary / "README.md").write_text(model_card(facts), encoding="utf-8")
         for name, text in files.items():
             (temporary / name).write_text(text, encoding="utf-8")
+        _share(temporary)
         _replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -94,6 +96,14 @@ def _in_dtype(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str
             tensor = cast.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), tensor.to(dtype))
         converted[name] = tensor
     return converted
+
+
+def _share(folder: Path) -> None:
+    """Give every file the mode that the user's mask grants; safetensors writes for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)
 
 
 def _set_json(path: Path, changes: Mapping[str, Any]) -> None:

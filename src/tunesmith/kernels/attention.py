@@ -200,7 +200,8 @@ def _dense_fits(fused_TN: Tensor, heads: Heads, documents: Documents) -> bool:
 
 
 def _to_dense(part_THK: Tensor, length: int) -> Tensor:
-    return part_THK.unflatten(0, (-1, length)).transpose(1, 2)
+    dense_BHMK: Tensor = part_THK.unflatten(0, (-1, length)).transpose(1, 2)
+    return dense_BHMK
 
 
 def _dense_forward(fused_TN: Tensor, heads: Heads, documents: Documents) -> tuple[Tensor, Saved]:
@@ -210,7 +211,8 @@ def _dense_forward(fused_TN: Tensor, heads: Heads, documents: Documents) -> tupl
     )
     out: Tensor = found[0]
     lse, state, offset = found[1], found[6], found[7]
-    return out.transpose(1, 2).flatten(0, 1).flatten(1), (lse, state, offset)
+    rows: Tensor = out.transpose(1, 2).flatten(0, 1).flatten(1)
+    return rows, (lse, state, offset)
 
 
 def _dense_backward(

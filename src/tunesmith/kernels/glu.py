@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from tunesmith.kernels.launch import (
-    MAX_RANK,
     accumulation_dtype,
     dot,
     jit,
     launch,
+    max_rank,
     multiprocessors,
     power_of_2,
     rank_block,
@@ -47,7 +47,7 @@ ADAPTER_ROWS, ADAPTER_COLUMNS = 64, 32
 warps, the rows of one tensor-core instruction: with 32, backward's chained products put all warps along the
 tokens and half of them repeat the work of the others (254 registers a thread at rank 16, compiled for sm_90;
 with 64 × 32 it is 144, three programs on a multiprocessor, and with 64 × 64 it spills). 64 tokens also share a
-read of B, which comes from the L2 cache: at rank 16 a fifth of the reads. A row of 32 columns is two whole sectors."""
+read of B, which comes from the L2 cache: at rank 16 a fifth of the reads. 32 columns are two whole sectors."""
 PROGRAMS_PER_SM = 8
 """Programs of the backward pass with adapters. Three are resident, so that almost three waves even out the
 tail. The columns are split until there are as many; at 8,192 tokens and rank 16 into 9, whose partial sums are
@@ -235,7 +235,7 @@ def _forward(gate_up_TN: Tensor, activation: str, adapter: _Adapter | None, out_
     launch(
         _forward_kernel, (-(-tokens // rows) * -(-inner // cols),), gate_up_TN, out_TI, xa, b,
         tokens, inner, gate_up_TN.stride(0), out_TI.stride(0), xa.stride(0), b.stride(0), scale,
-        ACT=activation, RANK=rank, RANK_BLOCK=rank_block(rank), ROWS=rows, COLS=cols, num_warps=4,
+        ACT=activation, RANK=rank, RANK_BLOCK=rank_block(rank, gate_up_TN.dtype), ROWS=rows, COLS=cols, num_warps=4,
     )  # fmt: skip
 
 
@@ -266,8 +266,8 @@ def _adapter_backward(
     down_dxa, down_a = down or (gate_up_TN, gate_up_TN)
     down_rank = 0 if down is None else down_a.shape[0]
     grad_xa_TR = gate_up_TN.new_empty((tokens, 2 * rank))
-    # sums of more than MAX_RANK columns do not fit the registers beside the rest: two GEMMs form them below
-    reduce = 0 < rank <= MAX_RANK
+    # sums of more columns do not fit the registers beside the rest: two GEMMs form them below
+    reduce = 0 < rank <= max_rank(gate_up_TN.dtype)
     sums = grad_xa_TR
     if reduce and splits > 1:
         sums = torch.empty((splits, tokens, 2 * rank), dtype=torch.float32, device=gate_up_TN.device)
@@ -276,8 +276,8 @@ def _adapter_backward(
         gate_up_TN, grad_act_TI, xa, b, down_dxa, down_a, sums,
         tokens, inner, tiles, gate_up_TN.stride(0), grad_act_TI.stride(0), xa.stride(0), b.stride(0),
         down_dxa.stride(0), down_a.stride(0), scale,
-        ACT=activation, RANK=rank, RANK_BLOCK=rank_block(rank), DOWN_RANK=down_rank,
-        DOWN_BLOCK=rank_block(down_rank), REDUCE=reduce,
+        ACT=activation, RANK=rank, RANK_BLOCK=rank_block(rank, gate_up_TN.dtype), DOWN_RANK=down_rank,
+        DOWN_BLOCK=rank_block(down_rank, gate_up_TN.dtype), REDUCE=reduce,
         ROWS=ADAPTER_ROWS, COLS=ADAPTER_COLUMNS, num_warps=4,
     )  # fmt: skip
     if reduce and splits > 1:

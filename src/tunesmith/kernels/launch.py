@@ -31,6 +31,7 @@ __all__ = [
     "dot",
     "jit",
     "launch",
+    "max_rank",
     "multiprocessors",
     "power_of_2",
     "rank_block",
@@ -47,8 +48,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types that the kernels compute; float64 always takes the reference."""
 
 MIN_RANK = 16
-MAX_RANK = 64
-"""Columns of one rank product: `tl.dot` takes no fewer than 16, and 64 keep its operands small (see `rank_block`)."""
+"""`tl.dot` takes no fewer columns."""
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -132,13 +132,19 @@ def power_of_2(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def rank_block(rank: int) -> int:
-    """Extent of the blocks in which a rank product is summed.
+def max_rank(dtype: torch.dtype) -> int:
+    """Columns of a rank product that are summed at once, and of sums that are kept in registers.
 
-    A block of 64 with 64 columns of B is 8 KiB in 16 bits: a handful fits the shared memory of every card, so
-    rank 256 is four turns of the loop and not a kernel of its own.
+    64 in 16 bits: such a block of 64 columns of B is 8 KiB, a handful fits the shared memory of every card. 16 in
+    float32, which without tf32 has no tensor cores: the products are unrolled into multiply-adds, and a backward
+    pass of the gated linear unit with 64 columns spills 7,568 bytes a thread (24 with 16).
     """
-    return min(max(power_of_2(rank), MIN_RANK), MAX_RANK)
+    return 16 if dtype == torch.float32 else 64
+
+
+def rank_block(rank: int, dtype: torch.dtype) -> int:
+    """Extent of the blocks in which a rank product is summed; rank 256 is four turns of a loop."""
+    return min(max(power_of_2(rank), MIN_RANK), max_rank(dtype))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

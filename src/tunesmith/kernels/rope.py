@@ -149,7 +149,7 @@ def _rope(
         tokens, qkv_TN.stride(0), cos_TK.stride(0), sin_TK.stride(0), xa.stride(0), b.stride(0),
         1.0 if adapter is None else float(adapter.scale),
         Q_HEADS=layout.heads, KV_HEADS=layout.kv_heads, HEAD_DIM=layout.head_dim, HALF=layout.half,
-        INVERSE=inverse, RANK=rank, RANK_BLOCK=rank_block(rank), HEADS=HEADS, ROWS=ROWS,
+        INVERSE=inverse, RANK=rank, RANK_BLOCK=rank_block(rank, qkv_TN.dtype), HEADS=HEADS, ROWS=ROWS,
         BLOCK=max(MIN_RANK, power_of_2(layout.half)),
         REST_BLOCK=max(MIN_RANK, power_of_2(rest)) if rest and rank else 0,
         num_warps=8 if rank else 4,

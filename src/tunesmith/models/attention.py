@@ -14,6 +14,8 @@ Shape suffixes: B batch, T tokens, H query heads, G key/value heads, K head size
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -146,6 +148,14 @@ def sdpa_attention(
     return output.transpose(1, 2), None
 
 
+@functools.cache
+def _varlen_call() -> tuple[Callable[..., Any], frozenset[str]]:
+    """torch's function and the names of its parameters, which grew between versions."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
 def varlen_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -177,11 +187,12 @@ def varlen_attention(
             document_lengths, **kwargs,
         )  # fmt: skip
     _check_supported(module, attention_mask, kwargs)
-    from torch.nn.attention.varlen import varlen_attn
-
     cu_seqlens, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
     query_THK, key_TGK, value_TGK = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    output_THK = varlen_attn(
+    call, options = _varlen_call()
+    # torch 2.11 finds out by itself that there are fewer key heads
+    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in options else {}
+    output_THK = call(
         query_THK,
         key_TGK,
         value_TGK,
@@ -191,7 +202,7 @@ def varlen_attention(
         longest,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     assert isinstance(output_THK, Tensor)
     return output_THK[None], None

@@ -27,7 +27,7 @@ def convert_gguf(source: Path, folder: Path) -> Path:
     except ImportError:
         raise UserError(
             "Reading a GGUF file needs the package gguf.",
-            hint="Install it with `pip install 'tunesmith[gguf]'`.",
+            hint="Install it with `pip install gguf`.",
         ) from None
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

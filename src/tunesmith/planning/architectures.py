@@ -48,8 +48,7 @@ _COMMON: tuple[Check, ...] = (
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
-    row.model_type: row
-    for row in (Architecture("llama", refused=_COMMON),)
+    row.model_type: row for row in (Architecture("llama", refused=_COMMON),)
 }
 
 

@@ -112,7 +112,9 @@ class ConsoleView:
         self._console.print(f"held-out loss at step {event.step}: [bold]{event.loss:.4f}[/]", highlight=False)
 
     def _saved(self, event: Saved) -> None:
-        self._console.print(f"checkpoint {event.path}", style="dim", highlight=False, soft_wrap=True)
+        self._console.print(
+            f"checkpoint {event.path}", style="dim", markup=False, highlight=False, soft_wrap=True
+        )
 
     def _warned(self, event: Warned) -> None:
         self._console.print(
