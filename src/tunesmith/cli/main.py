@@ -6,6 +6,7 @@ Commands import what they need when they run, so `tunesmith --help` answers at o
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import warnings
 from typing import Annotated, NoReturn
@@ -118,6 +119,7 @@ def run(arguments: list[str] | None = None) -> None:
     `--debug` is accepted anywhere and lets the traceback through.
     """
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; some bars ask nothing else
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

@@ -18,6 +18,7 @@ from tunesmith.distributed.single import SingleDevice
 from tunesmith.models.adapter import add_lora, load_lora, train_all
 from tunesmith.models.attention import choose_attention, packed_attention
 from tunesmith.models.head import CausalModel, check_head
+from tunesmith.models.install import Installed, install
 from tunesmith.models.loader import choose_device, choose_dtype, load_model, load_tokenizer
 from tunesmith.models.probe import saved_bytes_per_token
 from tunesmith.objectives.table import OBJECTIVES
@@ -37,6 +38,7 @@ class Run:
         causal: the model as backbone and head.
         attention: the row of `models.attention.ATTENTION` in use.
         fit: what a micro-batch holds, and whether layers are recomputed.
+        installed: which decoder layers run the hand-written computation; None on a CPU, where it is not faster.
     """
 
     settings: RunSettings
@@ -46,6 +48,7 @@ class Run:
     attention: str
     backend: SingleDevice
     fit: Fit
+    installed: Installed | None
     trainer: Trainer
     store: CheckpointStore
 
@@ -205,6 +208,7 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
     total_steps = train.steps or count_steps(data.corpus, data.train_N, plan, train.epochs)
     causal, backend = _model_and_backend(settings, device)
     _check_vocabulary(tokenizer, data, causal)
+    installed = install(causal.model) if device.type == "cuda" else None
     store = CheckpointStore(run_dir / "checkpoints", keep=settings.output.keep)
     _check_space(settings, store, causal, total_steps)
     with packed_attention(causal.base, attention):
@@ -225,4 +229,4 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
         identity=_identity(settings, data),
         run_dir=run_dir,
     )
-    return Run(settings, tokenizer, data, causal, attention, backend, fit, trainer, store)
+    return Run(settings, tokenizer, data, causal, attention, backend, fit, installed, trainer, store)

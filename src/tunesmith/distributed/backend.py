@@ -41,12 +41,14 @@ class Update:
     """What became of an optimizer step.
 
     Attributes:
+        losses: the micro-batches' losses as numbers.
         grad_norm: global norm of the gradients before clipping; not finite where they overflowed.
         applied: whether parameters changed.
         loss_scale: the float16 scaler's factor (1.0 without one).
         overflowed: the scaler skipped the step and lowered its factor, which is part of its normal work.
     """
 
+    losses: tuple[float, ...]
     grad_norm: float
     applied: bool
     loss_scale: float
@@ -60,12 +62,8 @@ class Backend(Protocol):
         """Accumulate gradients over CPU micro-batches; the denominator is counted before the first forward."""
         ...
 
-    def clip_and_step(self, max_norm: float | None) -> Update:
-        """Clip the global gradient norm, step the optimizer where all is finite, and clear the gradients."""
-        ...
-
-    def discard(self) -> None:
-        """Clear the gradients without a step."""
+    def clip_and_step(self, gradients: Gradients, max_norm: float | None) -> Update:
+        """Clip the global gradient norm, step the optimizer where losses and norm are finite, clear the gradients."""
         ...
 
     def state(self) -> dict[str, Any]:

@@ -61,26 +61,45 @@ class SingleDevice:
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
-    def clip_and_step(self, max_norm: float | None) -> Update:
-        """Clip the global gradient norm, step the optimizer where all is finite, and clear the gradients."""
+    def clip_and_step(self, gradients: Gradients, max_norm: float | None) -> Update:
+        """Clip the global gradient norm, step the optimizer where losses and norm are finite, clear the gradients.
+
+        The host waits for the device once, after everything is enqueued: an optimizer that can skip its step by
+        itself is told on the device whether all is finite.
+        """
         self.scaler.unscale_(self.optimizer)
         parameters = self._parameters()
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if max_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        grad_norm = float(norm)
-        finite = math.isfinite(grad_norm)
+        values = torch.stack([norm.double(), *(loss.double() for loss in gradients.losses)])
         scale = self.scaler.get_scale()
-        if finite or self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.discard()
-        overflowed = self.scaler.is_enabled() and not finite and self.scaler.get_scale() < scale
-        return Update(grad_norm, applied=finite, loss_scale=scale, overflowed=overflowed)
-
-    def discard(self) -> None:
-        """Clear the gradients without a step."""
+        self._step(values)
         self.optimizer.zero_grad(set_to_none=True)
+        grad_norm, *losses = values.tolist()
+        losses_finite = all(map(math.isfinite, losses))
+        overflowed = losses_finite and not math.isfinite(grad_norm) and self.scaler.get_scale() < scale
+        return Update(
+            tuple(losses),
+            grad_norm,
+            applied=losses_finite and math.isfinite(grad_norm),
+            loss_scale=scale,
+            overflowed=overflowed,
+        )
+
+    def _step(self, values: Tensor) -> None:
+        """Step the optimizer if every one of `values` is finite."""
+        if self.scaler.is_enabled():  # finds overflowed gradients itself, lowers its scale and skips the step
+            if bool(values[1:].isfinite().all()):
+                self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif self.device.type == "cuda" and getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            optimizer: Any = self.optimizer
+            optimizer.found_inf = (~values.isfinite().all()).float()
+            optimizer.step()
+            del optimizer.found_inf
+        elif bool(values.isfinite().all()):
+            self.optimizer.step()
 
     def state(self) -> dict[str, Any]:
         """Optimizer and scaler as nested dicts of tensors and plain values."""

@@ -48,11 +48,15 @@ warps, the rows of one tensor-core instruction: with 32, backward's chained prod
 tokens and half of them repeat the work of the others (254 registers a thread at rank 16, compiled for sm_90;
 with 64 × 32 it is 144, three programs on a multiprocessor, and with 64 × 64 it spills). 64 tokens also share a
 read of B, which comes from the L2 cache: at rank 16 a fifth of the reads. 32 columns are two whole sectors."""
+ADAPTER_WARPS = 4
 PROGRAMS_PER_SM = 8
 """Programs of the backward pass with adapters. Three are resident, so that almost three waves even out the
 tail. The columns are split until there are as many; at 8,192 tokens and rank 16 into 9, whose partial sums are
 9 MB written and read beside the 1,400 MB of the pass."""
 SUM_BLOCK = 512
+LARGEST_FUSED_RANK = 64
+"""Adapters of a larger rank are added by GEMMs in passes of their own: at rank 256 the products cost more than the
+pass that fusing saves, and the kernel with their loops read out of bounds on an H100 under Triton 3.6."""
 
 _Pair = tuple[Tensor, Tensor]
 
@@ -235,7 +239,8 @@ def _forward(gate_up_TN: Tensor, activation: str, adapter: _Adapter | None, out_
     launch(
         _forward_kernel, (-(-tokens // rows) * -(-inner // cols),), gate_up_TN, out_TI, xa, b,
         tokens, inner, gate_up_TN.stride(0), out_TI.stride(0), xa.stride(0), b.stride(0), scale,
-        ACT=activation, RANK=rank, RANK_BLOCK=rank_block(rank, gate_up_TN.dtype), ROWS=rows, COLS=cols, num_warps=4,
+        ACT=activation, RANK=rank, RANK_BLOCK=rank_block(rank, gate_up_TN.dtype), ROWS=rows, COLS=cols,
+        num_warps=4 if adapter is None else ADAPTER_WARPS,
     )  # fmt: skip
 
 
@@ -278,7 +283,7 @@ def _adapter_backward(
         down_dxa.stride(0), down_a.stride(0), scale,
         ACT=activation, RANK=rank, RANK_BLOCK=rank_block(rank, gate_up_TN.dtype), DOWN_RANK=down_rank,
         DOWN_BLOCK=rank_block(down_rank, gate_up_TN.dtype), REDUCE=reduce,
-        ROWS=ADAPTER_ROWS, COLS=ADAPTER_COLUMNS, num_warps=4,
+        ROWS=ADAPTER_ROWS, COLS=ADAPTER_COLUMNS, num_warps=ADAPTER_WARPS,
     )  # fmt: skip
     if reduce and splits > 1:
         count = grad_xa_TR.numel()
@@ -289,6 +294,16 @@ def _adapter_backward(
     if adapter is None:
         return None
     return grad_xa_TR if reduce else _grad_xa(gate_up_TN, adapter)
+
+
+def _add_adapter_(gate_up_TN: Tensor, adapter: _Adapter) -> None:
+    """gate and up += scale · xa · Bᵀ, in place."""
+    rank, inner = adapter.rank, gate_up_TN.shape[1] // 2
+    xa_TR, b_NR = adapter.xa_TR.to(gate_up_TN.dtype), adapter.b_NR.to(gate_up_TN.dtype)
+    for half in (0, 1):
+        columns = slice(half * inner, (half + 1) * inner)
+        u_TR = xa_TR[:, half * rank : (half + 1) * rank]
+        gate_up_TN[:, columns].addmm_(u_TR, b_NR[columns].T, alpha=adapter.scale)
 
 
 def _grad_xa(grad_TN: Tensor, adapter: _Adapter) -> Tensor:
@@ -475,7 +490,12 @@ def glu(
     if act_TI is None:
         act_TI = torch.empty((tokens, columns // 2), dtype=gate_up_TN.dtype, device=gate_up_TN.device)
     assert gate_up_TN.stride(1) == act_TI.stride(1) == 1
-    _forward(gate_up_TN, activation, _adapter(xa_TR, b_NR, rank, scale), act_TI)
+    adapter = _adapter(xa_TR, b_NR, rank, scale)
+    if adapter is not None and rank > LARGEST_FUSED_RANK:
+        gate_up_TN = gate_up_TN.clone()
+        _add_adapter_(gate_up_TN, adapter)
+        adapter = None
+    _forward(gate_up_TN, activation, adapter, act_TI)
     return act_TI
 
 
@@ -516,6 +536,19 @@ def glu_backward_(
         assert down_a_RI is not None
         assert down_dxa_TR.stride(1) == down_a_RI.stride(1) == 1
         down = (down_dxa_TR, down_a_RI)
+    if down is not None and down[1].shape[0] > LARGEST_FUSED_RANK:
+        grad_act_TI.addmm_(down[0].to(grad_act_TI.dtype), down[1].to(grad_act_TI.dtype))
+        down = None
+    if adapter is not None and rank > LARGEST_FUSED_RANK:
+        _add_adapter_(gate_up_TN, adapter)
+        glu_backward_(
+            gate_up_TN,
+            grad_act_TI,
+            activation=activation,
+            down_dxa_TR=down_dxa_TR if down else None,
+            down_a_RI=down_a_RI if down else None,
+        )
+        return _grad_xa(gate_up_TN, adapter)
     if adapter is None and down is None:
         _backward(gate_up_TN, grad_act_TI, activation)
         return None

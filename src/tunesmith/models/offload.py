@@ -25,7 +25,7 @@ IN_FLIGHT = 2
 """Layers whose copies may be under way at once: the one that was computed last, and the one before."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Handle:
     """Tensors of one layer on their way to the host or back."""
 

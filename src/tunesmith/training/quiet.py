@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 
 
 def quiet_libraries() -> None:
     """Silence progress bars and warnings of transformers, datasets and bitsandbytes; errors still come through."""
-    os.environ["TQDM_DISABLE"] = "1"  # for bars that transformers draws without asking its own setting
     import datasets
     import transformers
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]

@@ -41,7 +41,7 @@ class StepResult:
     Attributes:
         loss: mean over the step's supervised tokens.
         micro_losses: the contribution of each micro-batch; they sum to `loss`.
-        grad_norm: global gradient norm before clipping; NaN where the loss was not finite.
+        grad_norm: global gradient norm before clipping.
         applied: whether parameters changed.
         fault: what was not finite, `loss` or `gradient`, or None. A float16 overflow is no fault.
         loss_scale: the float16 scaler's factor, 1.0 without one.
@@ -60,11 +60,11 @@ def train_step(
 ) -> StepResult:
     """Accumulate the gradients of one step, check them, clip them, apply them."""
     gradients = backend.forward_backward(micro_batches, loss)
-    micro_losses = tuple(float(value) for value in gradients.losses)
-    mean = math.fsum(micro_losses) if all(map(math.isfinite, micro_losses)) else math.nan
+    update = backend.clip_and_step(gradients, max_grad_norm)
+    mean = sum(update.losses)  # not fsum, which refuses infinities of both signs
+    fault = None
     if not math.isfinite(mean):
-        backend.discard()
-        return StepResult(mean, micro_losses, math.nan, applied=False, fault="loss", loss_scale=1.0)
-    update = backend.clip_and_step(max_grad_norm)
-    fault = None if update.applied or update.overflowed else "gradient"
-    return StepResult(mean, micro_losses, update.grad_norm, update.applied, fault, update.loss_scale)
+        fault = "loss"
+    elif not update.applied and not update.overflowed:
+        fault = "gradient"
+    return StepResult(mean, update.losses, update.grad_norm, update.applied, fault, update.loss_scale)
