@@ -9,6 +9,7 @@ the timed steps. `--profile` prints where the GPU's time goes.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import time
@@ -163,6 +164,7 @@ def main() -> None:
         top = row.pop("top", [])
         print("RESULT", json.dumps(row), flush=True)
         print("\n".join(top), flush=True)
+        gc.collect()
         torch.cuda.empty_cache()
 
 

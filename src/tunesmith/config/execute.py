@@ -71,6 +71,10 @@ def _execute(
         run.trainer.observers += [log, view]
         with run.packed():
             outcome = run.trainer.train()
+    for reason, count in (run.installed.fallbacks if run.installed is not None else {}).items():
+        console.print(
+            f"note: fused layers ran in stock form {count:,} times: {reason}", style="dim", markup=False
+        )
     result = _save(run, folder, outcome) if outcome.reason != "interrupted" else None
     curve = folder / "loss.png"
     drawn = draw_loss_curve(read_events(folder / "events.jsonl"), curve)

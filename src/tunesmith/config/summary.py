@@ -112,10 +112,12 @@ def _plan_lines(run: Run) -> list[str]:
 def print_plan(console: Console, run: Run) -> None:
     """Say what will be trained, on what, and how."""
     notes = sorted({note for _, report in run.data.reports for note in report.notes})
+    layers = run.installed.table() if run.installed is not None else []
     _show(
         console,
         [
             ("model", _model_line(run)),
+            *(("layers", f"{what}: {how}, {why}") for what, how, why in layers),
             ("data", "\n".join([*data_lines(run), *notes])),
             ("plan", "\n".join(_plan_lines(run))),
             ("output", run.settings.output.dir),

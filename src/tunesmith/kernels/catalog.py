@@ -84,6 +84,9 @@ class KernelRow:
 # and reciprocal square root of the card, 2 ulp each, are what is left.
 ROUNDED = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 # An lse of magnitude 10 is exact to 1e-6, which is a relative error of the probabilities.
+ROUNDED_TWICE = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 8e-4}
+"""The gradient of x·Aᵀ is formed from gradients that are rounded already, and rounded itself; adapters too large to
+be fused are added in a pass that rounds once more. Few elements do not average the errors."""
 SOFTMAX = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
@@ -409,7 +412,7 @@ CATALOG: dict[str, KernelRow] = {
                 {"tokens": 8192, "inner": 1536, "rank": 16, "down_rank": 16},
                 {"tokens": 8192, "inner": 14336, "activation": "gelu_tanh", "rank": 16, "down_rank": 16},
             ),
-            tolerances=ROUNDED,
+            tolerances=ROUNDED_TWICE,
             cost=_glu_backward_cost,
             mutates=("gate_up_TN", "grad_act_TI"),
         ),
