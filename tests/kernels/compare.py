@@ -1,13 +1,13 @@
-"""Runs a row of the catalog and compares its results: what tests on every device share."""
+"""The cases of the catalog as test parameters, and how their errors are measured."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from tunesmith.kernels.catalog import CATALOG, Inputs, KernelRow, Size
+from tunesmith.kernels.catalog import CATALOG
+from tunesmith.kernels.measure import copied, error, errors, results
+
+__all__ = ["DTYPES", "LARGE", "SMALL", "copied", "error", "errors", "label", "results"]
 
 SMALL = [(name, size) for name, row in CATALOG.items() for size in row.small]
 LARGE = [(name, size) for name, row in CATALOG.items() for size in row.large]
@@ -17,44 +17,3 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def label(value: object) -> str | None:
     """Test id of a size: its numbers and options."""
     return "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None
-
-
-def copied(value: Any, dtype: torch.dtype | None = None) -> Any:
-    """A deep copy with the strides kept; floating tensors are converted to `dtype` where given."""
-    if isinstance(value, dict):
-        return {key: copied(item, dtype) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(copied(item, dtype) for item in value)
-    if not isinstance(value, Tensor):
-        return value
-    if dtype is not None and value.is_floating_point():
-        return value.to(dtype, copy=True)
-    copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    return copy.copy_(value)
-
-
-def results(function: Any, row: KernelRow, inputs: Inputs) -> list[Tensor]:
-    """What the function returns and then what it has written, tensors only."""
-    returned = function(**inputs)
-    returned = returned if isinstance(returned, tuple) else (returned,)
-    return [t for t in returned if t is not None] + [inputs[name] for name in row.mutates]
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    """‖ours − exact‖ / ‖exact‖ in float64."""
-    ours, exact = ours.detach().double(), exact.detach().double()
-    return float((ours - exact).norm() / exact.norm().clamp_min(1e-30))
-
-
-def errors(name: str, size: Size, dtype: torch.dtype, device: str) -> list[float]:
-    """Error of every result of a catalog row against its reference in float64."""
-    torch.manual_seed(0)
-    row = CATALOG[name]
-    inputs = row.cases(size, dtype, torch.device(device))
-    exact = results(row.reference, row, copied(inputs, torch.float64))
-    ours = results(row.op, row, inputs)
-    assert len(ours) == len(exact)
-    for mine, reference in zip(ours, exact, strict=True):
-        assert mine.shape == reference.shape
-        assert mine.isfinite().all()
-    return [error(*pair) for pair in zip(ours, exact, strict=True)]

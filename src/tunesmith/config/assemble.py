@@ -14,7 +14,10 @@ import torch
 
 from tunesmith.config.prepare_data import PreparedData, Progress, batch_plan, prepare_data
 from tunesmith.contracts.errors import UserError
+from tunesmith.data.tokenize import default_cache_dir
 from tunesmith.distributed.single import SingleDevice
+from tunesmith.kernels.attention import Heads
+from tunesmith.kernels.canary import ModelShape, check_kernels
 from tunesmith.models.adapter import add_lora, load_lora, train_all
 from tunesmith.models.attention import choose_attention, packed_attention
 from tunesmith.models.head import CausalModel, check_head
@@ -39,6 +42,7 @@ class Run:
         attention: the row of `models.attention.ATTENTION` in use.
         fit: what a micro-batch holds, and whether layers are recomputed.
         installed: which decoder layers run the hand-written computation; None on a CPU, where it is not faster.
+        warnings: kernels that failed their check on this card.
     """
 
     settings: RunSettings
@@ -49,6 +53,7 @@ class Run:
     backend: SingleDevice
     fit: Fit
     installed: Installed | None
+    warnings: tuple[str, ...]
     trainer: Trainer
     store: CheckpointStore
 
@@ -186,6 +191,29 @@ def _model_and_backend(settings: RunSettings, device: torch.device) -> tuple[Cau
     return causal, SingleDevice(model, optimizer, device, dtype)
 
 
+def _fuse(
+    settings: RunSettings, causal: CausalModel, device: torch.device
+) -> tuple[Installed | None, tuple[str, ...]]:
+    """On a GPU give the decoder layers their hand-written computation, once its kernels are checked on this card."""
+    if device.type != "cuda":
+        return None, ()
+    installed = install(causal.model)
+    if not installed.fused:
+        return installed, ()
+    config = causal.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = ModelShape(
+        width=config.hidden_size,
+        inner=config.intermediate_size,
+        heads=Heads(config.num_attention_heads, config.num_key_value_heads, size),
+        rank=settings.adapter.rank if settings.adapter.kind == "lora" else 0,
+        vocabulary=config.vocab_size,
+        nf4=settings.model.quantize == "nf4",
+    )
+    found = check_kernels(shape, causal.compute_dtype, device, default_cache_dir().with_name("canary"))
+    return installed, tuple(str(finding) for finding in found)
+
+
 def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = None) -> Run:
     """Build everything, cheapest checks first; nothing is trained and no checkpoint is loaded.
 
@@ -208,7 +236,7 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
     total_steps = train.steps or count_steps(data.corpus, data.train_N, plan, train.epochs)
     causal, backend = _model_and_backend(settings, device)
     _check_vocabulary(tokenizer, data, causal)
-    installed = install(causal.model) if device.type == "cuda" else None
+    installed, warnings = _fuse(settings, causal, device)
     store = CheckpointStore(run_dir / "checkpoints", keep=settings.output.keep)
     _check_space(settings, store, causal, total_steps)
     with packed_attention(causal.base, attention):
@@ -229,4 +257,6 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
         identity=_identity(settings, data),
         run_dir=run_dir,
     )
-    return Run(settings, tokenizer, data, causal, attention, backend, fit, installed, trainer, store)
+    return Run(
+        settings, tokenizer, data, causal, attention, backend, fit, installed, warnings, trainer, store
+    )

@@ -64,6 +64,8 @@ def _execute(
         run = assemble(settings, folder)
     resumed = _resume(run, console)
     print_plan(console, run)
+    for warning in run.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     write_run_files(folder, settings)  # not before: refused settings must not replace those of the checkpoint
     before = _answers(run, questions, answer_tokens)
     log = EventLog(folder / "events.jsonl", keep_until=run.trainer.step if resumed else None)

@@ -83,10 +83,10 @@ class KernelRow:
 # (residual sums, grad_xa from the rounded gradient) round a second time. In float32 the approximate exponential
 # and reciprocal square root of the card, 2 ulp each, are what is left.
 ROUNDED = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-# An lse of magnitude 10 is exact to 1e-6, which is a relative error of the probabilities.
 ROUNDED_TWICE = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 """The gradient of x·Aᵀ is formed from gradients that are rounded already, and rounded itself; adapters too large to
 be fused are added in a pass that rounds once more. Few elements do not average the errors."""
+# An lse of magnitude 10 is exact to 1e-6, which is a relative error of the probabilities.
 SOFTMAX = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 

@@ -196,7 +196,7 @@ def softmax_gradient_(
     Returns:
         float32 `[C]` (float64 for float64).
     """
-    if use_triton(logits_CV):
+    if use_triton(logits_CV, "softmax_gradient_"):
         return _rows(logits_CV, targets_C, scale, softcap, gradient=True)[0]
     return softmax_gradient_reference_(logits_CV, targets_C, scale=scale, softcap=softcap)
 
@@ -208,6 +208,6 @@ def logprob_(
 
     The logits are left as they are; arguments as in `softmax_gradient_`.
     """
-    if use_triton(logits_CV):
+    if use_triton(logits_CV, "logprob_"):
         return _rows(logits_CV, targets_C, scale, softcap, gradient=False)
     return logprob_reference_(logits_CV, targets_C, scale=scale, softcap=softcap)

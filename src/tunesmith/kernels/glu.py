@@ -480,7 +480,7 @@ def glu(
     Returns:
         `act_TI` in the type of `gate_up_TN`, which is `out_TI` where given. Not recorded by autograd.
     """
-    if not use_triton(gate_up_TN):
+    if not use_triton(gate_up_TN, "glu"):
         return glu_reference(
             gate_up_TN, activation=activation, xa_TR=xa_TR, b_NR=b_NR, rank=rank, scale=scale, out_TI=out_TI
         )
@@ -523,7 +523,7 @@ def glu_backward_(
     Returns:
         The gradient of `xa_TR` in the type of `gate_up_TN`, None without an adapter.
     """
-    if not use_triton(gate_up_TN):
+    if not use_triton(gate_up_TN, "glu_backward_"):
         return glu_backward_reference_(
             gate_up_TN, grad_act_TI, activation=activation, xa_TR=xa_TR, b_NR=b_NR, rank=rank, scale=scale,
             down_dxa_TR=down_dxa_TR, down_a_RI=down_a_RI,

@@ -27,6 +27,7 @@ __all__ = [
     "HAS_TRITON",
     "INTERPRETED",
     "KERNEL_DTYPES",
+    "TRITON_VERSION",
     "accumulation_dtype",
     "dot",
     "jit",
@@ -36,6 +37,7 @@ __all__ = [
     "power_of_2",
     "rank_block",
     "rank_product",
+    "switched_off",
     "tl",
     "use_triton",
 ]
@@ -43,6 +45,11 @@ __all__ = [
 HAS_TRITON = triton is not None
 INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
 """Whether kernels run on the CPU, slowly, in Triton's interpreter."""
+
+TRITON_VERSION: str | None = triton.__version__ if HAS_TRITON else None
+
+switched_off: set[str] = set()
+"""Kernels that failed the canary on this card: their references compute instead."""
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types that the kernels compute; float64 always takes the reference."""
@@ -98,8 +105,10 @@ def rank_product(  # type: ignore[no-untyped-def]
     return total
 
 
-def use_triton(tensor: Tensor) -> bool:
-    """Whether a kernel, rather than the torch reference, computes on this tensor."""
+def use_triton(tensor: Tensor, name: str) -> bool:
+    """Whether the kernel `name`, rather than its torch reference, computes on this tensor."""
+    if name in switched_off:
+        return False
     return (INTERPRETED or (tensor.is_cuda and HAS_TRITON)) and tensor.dtype in KERNEL_DTYPES
 
 

@@ -183,7 +183,7 @@ def dequantize_nf4(
         blocksize: elements of a block.
         nested: the doubly quantised absmax instead.
     """
-    if use_triton(out_NK):
+    if use_triton(out_NK, "dequantize_nf4"):
         assert out_NK.stride(1) == 1
         _dequantize(packed, absmax, out_NK, code, blocksize, nested)
         return

@@ -274,7 +274,7 @@ def rms_norm(
         normed_TD, contiguous, in the type of `hidden_TD`; rstd_T in float32 (float64 for float64); summed_TD, the
         sum rounded to the type, which is `hidden_TD` itself without a residual. Not recorded by autograd.
     """
-    if use_triton(hidden_TD) and hidden_TD.shape[1] <= MAX_WIDTH:
+    if use_triton(hidden_TD, "rms_norm") and hidden_TD.shape[1] <= MAX_WIDTH:
         return _forward(hidden_TD, weight_D, eps, residual_TD, offset)
     return rms_norm_reference(hidden_TD, weight_D, eps, residual_TD=residual_TD, offset=offset)
 
@@ -305,7 +305,7 @@ def rms_norm_backward(
     Returns:
         The gradient of the sum in its type, that of the weight in float32 or None, `normed_TD` or None.
     """
-    if use_triton(summed_TD) and summed_TD.shape[1] <= MAX_WIDTH:
+    if use_triton(summed_TD, "rms_norm_backward") and summed_TD.shape[1] <= MAX_WIDTH:
         return _backward(grad_TD, summed_TD, weight_D, rstd_T, add_TD, weight_grad, offset, recompute)
     return rms_norm_backward_reference(
         grad_TD, summed_TD, weight_D, rstd_T, add_TD=add_TD, weight_grad=weight_grad, offset=offset,

@@ -277,7 +277,7 @@ def rope_qkv_(
         scale: factor on the adapters' products.
     """
     assert not (inverse and xa_TR is not None), "the backward of the adapter is not a rotation"
-    if not use_triton(qkv_TN):
+    if not use_triton(qkv_TN, "rope_qkv_"):
         rope_qkv_reference_(
             qkv_TN, cos_TK, sin_TK, heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotary_dim=rotary_dim,
             inverse=inverse, xa_TR=xa_TR, b_NR=b_NR, rank=rank, scale=scale,

@@ -1,0 +1,204 @@
+"""The canary: before a run starts on a GPU, each kernel it uses is checked on this card at this model's shapes.
+
+A compiler, a driver or a card can be wrong about one kernel at one shape and right everywhere else, and training
+would go on with it and learn a little worse. So every kernel is compared with its torch reference in float64 in a
+few seconds; one that fails is switched off, its reference computes instead, and the run says so. The outcome is
+remembered per card, versions and shapes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith._version import __version__
+from tunesmith.kernels import launch
+from tunesmith.kernels.attention import BACKENDS, Documents, Heads, attention_backward, attention_forward
+from tunesmith.kernels.attention import switched_off as attention_off
+from tunesmith.kernels.catalog import CATALOG, Size
+from tunesmith.kernels.measure import error, errors
+
+TOKENS = 193
+"""Rows of every check: no multiple of any tile, and more than one tile of each kernel."""
+ATTENTION_TOLERANCE = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+"""Attention rounds its probabilities and its output: 8 bits in bfloat16, 11 in float16."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the kernels of a run depend on.
+
+    Attributes:
+        width: hidden size.
+        inner: intermediate size of the gated MLP.
+        heads: layout of the fused q, k, v buffer.
+        rank: rank of the adapters, 0 without.
+        vocabulary: rows of the head.
+        nf4: whether weights are dequantised.
+    """
+
+    width: int
+    inner: int
+    heads: Heads
+    rank: int
+    vocabulary: int
+    nf4: bool
+
+
+_SIZES: dict[str, Callable[[ModelShape], Size | None]] = {
+    "rms_norm": lambda m: {"tokens": TOKENS, "width": m.width},
+    "rms_norm_backward": lambda m: {"tokens": TOKENS, "width": m.width, "add": True, "recompute": True},
+    "rope_qkv_": lambda m: {
+        "tokens": TOKENS,
+        "heads": m.heads.query,
+        "kv_heads": m.heads.key_value,
+        "head_dim": m.heads.size,
+        "rank": m.rank,
+    },
+    "glu": lambda m: {"tokens": TOKENS, "inner": m.inner, "rank": m.rank},
+    "glu_backward_": lambda m: {"tokens": TOKENS, "inner": m.inner, "rank": m.rank, "down_rank": m.rank},
+    "dequantize_nf4": lambda m: {"rows": TOKENS, "columns": m.width, "nested": True} if m.nf4 else None,
+    "softmax_gradient_": lambda m: {"rows": 32, "vocabulary": m.vocabulary},
+    "logprob_": lambda m: {"rows": 32, "vocabulary": m.vocabulary},
+}
+"""Size at which a row of the catalog is checked for a model; None where the model does not use it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A kernel that failed: its name, and how large its error was against what is allowed."""
+
+    name: str
+    error: float
+    tolerance: float
+
+    def __str__(self) -> str:
+        return (
+            f"The kernel {self.name} errs by {self.error:.2g} on this card, where {self.tolerance:.2g} is allowed; "
+            f"its plain torch form computes instead."
+        )
+
+
+def check_kernels(
+    shape: ModelShape, dtype: torch.dtype, device: torch.device, memory: Path | None = None
+) -> list[Finding]:
+    """Check every kernel that a model uses, switch off those that fail, and return them.
+
+    Args:
+        dtype: compute type of the run.
+        memory: folder in which outcomes are remembered; None checks anew.
+    """
+    file = memory / f"{_key(shape, dtype, device)}.json" if memory is not None else None
+    found = _recall(file)
+    if found is None:
+        found = [*_kernel_findings(shape, dtype, device), *_attention_findings(shape, dtype, device)]
+        _remember(file, found)
+    for finding in found:
+        switched_off = attention_off if finding.name in BACKENDS else launch.switched_off
+        switched_off.add(finding.name)
+    return found
+
+
+def _kernel_findings(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> list[Finding]:
+    findings = []
+    for name, size_of in _SIZES.items():
+        size = size_of(shape)
+        if size is None:
+            continue
+        tolerance = CATALOG[name].tolerances[dtype]
+        worst = max(_guarded(partial(errors, name, size, dtype, device)))
+        if not worst <= tolerance:
+            findings.append(Finding(name, worst, tolerance))
+    return findings
+
+
+def _attention_findings(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> list[Finding]:
+    """Every backend that could be chosen against the reference in float64, on odd and on equal documents."""
+    findings: dict[str, Finding] = {}
+    heads = shape.heads
+    for lengths in ((65, 1, 127), (96, 96)):
+        documents = Documents(lengths, torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32))
+        generator = torch.Generator(device).manual_seed(0)
+        fused_TN = torch.randn(sum(lengths), heads.columns, device=device, generator=generator).to(dtype)
+        grad = torch.randn(sum(lengths), heads.query * heads.size, device=device, generator=generator).to(
+            dtype
+        )
+        want = _attention("sdpa", fused_TN.double(), grad.double(), heads, documents)
+        for name, row in BACKENDS.items():
+            if name == "sdpa" or not row.fits(fused_TN, heads, documents):
+                continue
+            worst = max(_guarded(partial(_attention_errors, name, fused_TN, grad, heads, documents, want)))
+            if not worst <= ATTENTION_TOLERANCE[dtype]:
+                findings[name] = Finding(name, worst, ATTENTION_TOLERANCE[dtype])
+    return list(findings.values())
+
+
+def _attention(
+    name: str, fused_TN: torch.Tensor, grad: torch.Tensor, heads: Heads, documents: Documents
+) -> tuple[torch.Tensor, torch.Tensor]:
+    output, used, saved = attention_forward(fused_TN, heads, documents, backend=name)
+    return output, attention_backward(grad, fused_TN, output, saved, used, heads, documents)
+
+
+def _attention_errors(
+    name: str,
+    fused_TN: torch.Tensor,
+    grad: torch.Tensor,
+    heads: Heads,
+    documents: Documents,
+    want: tuple[torch.Tensor, torch.Tensor],
+) -> list[float]:
+    ours = _attention(name, fused_TN, grad, heads, documents)
+    return [error(*pair) for pair in zip(ours, want, strict=True)]
+
+
+def _guarded(measure: Callable[[], list[float]]) -> list[float]:
+    """The errors, or infinity where the kernel cannot be compiled or launched here."""
+    try:
+        return measure()
+    except (RuntimeError, ValueError, TypeError, ImportError):
+        return [float("inf")]
+
+
+def _key(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> str:
+    """What an outcome depends on, as a file name."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    card = f"{properties.name} {properties.major}.{properties.minor}" if properties else device.type
+    parts: dict[str, Any] = {
+        "card": card,
+        "driver": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": launch.TRITON_VERSION,
+        "tunesmith": __version__,
+        "shape": asdict(shape),
+        "dtype": str(dtype),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _recall(file: Path | None) -> list[Finding] | None:
+    if file is None or not file.is_file():
+        return None
+    try:
+        return [Finding(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return None  # a damaged file is no outcome
+
+
+def _remember(file: Path | None, found: list[Finding]) -> None:
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps([asdict(finding) for finding in found]), encoding="utf-8")
+        temporary.replace(file)
+    except OSError:
+        return  # it is checked again next time
