@@ -90,11 +90,19 @@ class LayerCall:
 
 @dataclass(slots=True)
 class Stash:
-    """What lies between forward and backward. The small tensors are always kept; the large ones by policy."""
+    """What lies between forward and backward.
+
+    Attributes:
+        small: rank-wide products and row statistics, always kept.
+        large: results of the stages, kept by policy.
+        backend: the attention backend that computed `output`.
+        operands: the adapters cast for the GEMMs.
+    """
 
     small: dict[str, Tensor] = field(default_factory=dict)
     large: dict[str, Tensor] = field(default_factory=dict)
     backend: str = ""
+    operands: AllOperands | None = None
 
 
 STAGE_TENSORS: dict[str, Callable[[str], bool]] = {
@@ -107,35 +115,43 @@ STAGE_TENSORS: dict[str, Callable[[str], bool]] = {
 
 
 class Weights:
-    """Base weights of the groups for one pass, each dequantised at most once and dropped after its last use."""
+    """Base weights of the groups for one pass, each dequantised at most once and dropped after its last use.
 
-    def __init__(self, groups: Groups, dtype: torch.dtype) -> None:
-        self._groups, self._dtype = groups, dtype
+    Args:
+        again: whether every weight that a recomputation reads is read once more for a gradient, in the same pass.
+    """
+
+    def __init__(self, groups: Groups, dtype: torch.dtype, *, again: bool) -> None:
+        self._groups, self._dtype, self._again = groups, dtype, again
         self._held: dict[str, Tensor] = {}
 
-    def get(self, name: str, *, last: bool) -> Tensor:
-        """The weight `[N, K]` of a group; `last` drops it when the caller lets go of it."""
-        weight = self._held.pop(name, None)
-        if weight is None:
-            group: Group = getattr(self._groups, name)
-            weight = group.weight(self._dtype)
-        if not last:
+    def get(self, name: str) -> Tensor:
+        """The weight `[N, K]` of a group for a forward product."""
+        weight = self._read(name)
+        if self._again:
             self._held[name] = weight
         return weight
+
+    def take(self, name: str) -> Tensor:
+        """The same for the gradient, its last use: dropped when the caller lets go of it."""
+        held = self._held.pop(name, None)
+        return held if held is not None else self._read(name)
+
+    def _read(self, name: str) -> Tensor:
+        group: Group = getattr(self._groups, name)
+        return group.weight(self._dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class AllOperands:
-    """Adapter operands of the four groups; `backward` says that weights are needed again in this pass."""
+    """Adapter operands of the four groups."""
 
     qkv: Operands | None
     output: Operands | None
     gate_up: Operands | None
     down: Operands | None
-    backward: bool
 
     @classmethod
-    def build(cls, groups: Groups, dtype: torch.dtype, *, backward: bool) -> AllOperands:
+    def build(cls, groups: Groups, dtype: torch.dtype) -> AllOperands:
         """Cast the adapters of all four groups."""
-        qkv, output, gate_up, down = build_operands(groups, dtype)
-        return cls(qkv, output, gate_up, down, backward)
+        return cls(*build_operands(groups, dtype))

@@ -8,13 +8,16 @@ compute and cost it next to nothing; what must be right is who may touch a buffe
 - memory for a tensor coming back is allocated on the compute stream, so the copy waits for whatever used that
   memory before, and compute waits for the copy;
 - host buffers return to a pool only when the copy back has been enqueued, and a new copy out into one of them
-  waits for that copy on the same stream.
+  waits for that copy on the same stream;
+- a graph that dies without a backward (a step given up, an evaluation with gradients on) takes its handles along,
+  so handles are held weakly here and give their host buffers back when they go.
 
 On a CPU the same calls keep the tensors as they are.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -47,7 +50,7 @@ class Offloader:
     def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled
         self._pool: dict[int, list[Tensor]] = {}
-        self._pushed: list[Handle] = []
+        self._pushed: list[weakref.ref[Handle]] = []
         self._leaving: deque[Handle] = deque()
         self.host_bytes = 0
         self._stream = torch.cuda.Stream() if enabled else None
@@ -60,14 +63,15 @@ class Offloader:
             return handle
         handle.where = tensors[0].device
         handle.device = [tensor.contiguous() for tensor in tensors]
-        handle.host = [self._host_buffer(tensor) for tensor in handle.device]
+        handle.host += [self._host_buffer(tensor) for tensor in handle.device]
+        weakref.finalize(handle, self._release, handle.host)
         compute = torch.cuda.current_stream(handle.where)
         self._stream.wait_stream(compute)
         with torch.cuda.stream(self._stream):
             for host, tensor in zip(handle.host, handle.device, strict=True):
                 host.copy_(tensor, non_blocking=True)
             handle.copied_out = self._stream.record_event()
-        self._pushed.append(handle)
+        self._pushed = [*(ref for ref in self._pushed if ref() is not None), weakref.ref(handle)]
         self._leaving.append(handle)
         while len(self._leaving) > IN_FLIGHT:
             self._drop_device(self._leaving.popleft(), compute)
@@ -94,10 +98,12 @@ class Offloader:
         if self._stream is None:
             return handle.device
         self._bring_back(handle)
-        if handle in self._pushed:
-            del self._pushed[self._pushed.index(handle) :]
-        if self._pushed:
-            self._bring_back(self._pushed[-1])
+        asked = weakref.ref(handle)
+        if asked in self._pushed:
+            del self._pushed[self._pushed.index(asked) :]
+        before = next((other for ref in reversed(self._pushed) if (other := ref()) is not None), None)
+        if before is not None:
+            self._bring_back(before)
         assert handle.where is not None
         assert handle.copied_in is not None
         torch.cuda.current_stream(handle.where).wait_event(handle.copied_in)
@@ -121,7 +127,10 @@ class Offloader:
                 for host, tensor in zip(handle.host, handle.device, strict=True):
                     tensor.copy_(host, non_blocking=True)
                 handle.copied_in = self._stream.record_event()
-        for host in handle.host:
-            flat = host.flatten().view(torch.uint8)
+        self._release(handle.host)
+
+    def _release(self, host: list[Tensor]) -> None:
+        """Host buffers back into the pool, and the list emptied."""
+        while host:
+            flat = host.pop().flatten().view(torch.uint8)
             self._pool[flat.numel()].append(flat)
-        handle.host = []

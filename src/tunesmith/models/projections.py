@@ -202,10 +202,14 @@ def join_weights(bases: Sequence[Any]) -> None:
     """Lay the weights of plain linear layers one after the other, so that one GEMM serves them all.
 
     Each stays a contiguous parameter of its own with its name and shape; only its storage moves. 4-bit weights
-    are left alone: they are dequantised side by side anyway.
+    are left alone: they are dequantised side by side anyway. So are those that an engine has sharded already
+    (FSDP2's are `DTensor`s): they have no memory of their own, and what is gathered later lies elsewhere.
     """
     weights = [base.weight for base in bases]
-    plain = all(w.ndim == 2 and w.dtype.is_floating_point and w.dtype == weights[0].dtype for w in weights)
+    plain = all(
+        type(w) is nn.Parameter and w.ndim == 2 and w.is_floating_point() and w.dtype == weights[0].dtype
+        for w in weights
+    )
     if not plain or _adjacent(weights, weights[0].dtype) is not None:
         return
     joined = torch.cat([weight.detach() for weight in weights])
