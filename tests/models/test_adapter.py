@@ -170,7 +170,9 @@ def test_everything_trains_in_float32() -> None:
 
 
 def test_frozen_parts_stay_as_they_are() -> None:
-    model = train_all(tiny_llama(dtype=torch.bfloat16), ["model.embed_tokens.*", "model.layers.[0-1].mlp.*"])
+    model = train_all(
+        tiny_llama(dtype=torch.bfloat16), ["model.embed_tokens.*", "model.layers.[0-1].mlp.*"], torch.bfloat16
+    )
     for name, parameter in model.named_parameters():
         frozen = "embed_tokens" in name or ".mlp." in name
         assert parameter.requires_grad is not frozen, name

@@ -21,7 +21,8 @@ from tests.support.tiny import tiny_llama
 from tunesmith.contracts.errors import UserError
 from tunesmith.models.adapter import add_lora
 from tunesmith.models.attention import packed_attention
-from tunesmith.models.head import CausalModel, check_head
+from tunesmith.models.head import CausalModel
+from tunesmith.models.head_check import check_head
 from tunesmith.models.probe import probe_batch
 
 _SIZES: dict[str, Any] = {
@@ -56,7 +57,7 @@ def test_families_are_accepted(name: str) -> None:
 def test_log_probabilities_are_the_models_own(name: str) -> None:
     model = family(name)
     causal = CausalModel(model, torch.float32)
-    batch = probe_batch(12)
+    batch = probe_batch((12,))
     with torch.no_grad(), packed_attention(causal.base, "sdpa"):
         ours_S = causal.score(batch).logprob()
     with torch.no_grad():

@@ -16,7 +16,8 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5For
 
 from tests.support.tiny import save_tiny_model, tiny_tokenizer
 from tunesmith.contracts.errors import UserError
-from tunesmith.models.head import CausalModel, check_head
+from tunesmith.models.head import CausalModel
+from tunesmith.models.head_check import check_head
 from tunesmith.models.loader import choose_dtype, load_model, load_tokenizer
 
 CPU = torch.device("cpu")

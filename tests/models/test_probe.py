@@ -83,7 +83,7 @@ def test_nothing_is_left_behind() -> None:
 
 
 def test_the_probe_is_a_batch_as_any_other() -> None:
-    batch = probe_batch(5)
+    batch = probe_batch((5,))
     assert batch.lengths == (5,)
     assert batch.cu_seqlens.tolist() == [0, 5]
     assert batch.targets_S.tolist() == batch.ids_T[1:].tolist()

@@ -20,7 +20,8 @@ from tunesmith.kernels.attention import Heads
 from tunesmith.kernels.canary import ModelShape, check_kernels
 from tunesmith.models.adapter import add_lora, load_lora, train_all
 from tunesmith.models.attention import choose_attention, packed_attention
-from tunesmith.models.head import CausalModel, check_head
+from tunesmith.models.head import CausalModel
+from tunesmith.models.head_check import check_head, check_packing
 from tunesmith.models.install import Installed, install
 from tunesmith.models.loader import choose_device, choose_dtype, load_model, load_tokenizer
 from tunesmith.models.probe import saved_bytes_per_token
@@ -68,13 +69,14 @@ def _load(settings: RunSettings, device: torch.device, dtype: torch.dtype) -> An
     model = load_model(
         model_settings.name,
         device=device,
-        dtype=dtype,
+        # what is trained starts from the checkpoint's own values, not from values rounded to the compute type
+        dtype=torch.float32 if adapter.kind == "none" else dtype,
         quantize=model_settings.quantize,
         revision=model_settings.revision,
         trust_remote_code=model_settings.trust_remote_code,
     )
     if adapter.kind == "none":
-        return train_all(model, model_settings.freeze)
+        return train_all(model, model_settings.freeze, dtype)
     if adapter.path is not None:
         return load_lora(model, adapter.path)
     return add_lora(
@@ -122,15 +124,15 @@ _FIXED = {
 """Settings that a run keeps from its first step to its last; the others may change when it goes on."""
 
 
-def _identity(settings: RunSettings, data: PreparedData) -> dict[str, Any]:
+def _identity(settings: RunSettings, data: PreparedData, causal: CausalModel) -> dict[str, Any]:
     """What must stay the same when a run goes on, or its place in the data would mean something else."""
-    digest = hashlib.sha256(data.renderer.fingerprint().encode())
-    digest.update(data.corpus.lengths.tobytes())
+    digest = hashlib.sha256(data.fingerprint.encode())
     digest.update(data.train_N.tobytes())
     digest.update(repr(data.corpus.weights).encode())
     plain = settings.model_dump(mode="json")
     fixed = {f"{section}.{name}": plain[section][name] for section, names in _FIXED.items() for name in names}
-    return fixed | {"data": digest.hexdigest()}
+    commit = getattr(causal.base.config, "_commit_hash", None)
+    return fixed | {"data": digest.hexdigest(), "model commit": commit}
 
 
 def _check_space(
@@ -180,7 +182,6 @@ def _model_and_backend(settings: RunSettings, device: torch.device) -> tuple[Cau
     dtype = choose_dtype(settings.model.dtype, device)
     model = _load(settings, device, dtype)
     causal = CausalModel(model, dtype)
-    check_head(causal)
     optimizer = build_optimizer(
         train.optimizer,
         model,
@@ -188,7 +189,10 @@ def _model_and_backend(settings: RunSettings, device: torch.device) -> tuple[Cau
         weight_decay=train.weight_decay,
         betas=train.betas,
     )
-    return causal, SingleDevice(model, optimizer, device, dtype)
+    backend = SingleDevice(model, optimizer, device, dtype)
+    with backend.autocast():
+        check_head(causal)
+    return causal, backend
 
 
 def _fuse(
@@ -206,7 +210,7 @@ def _fuse(
         width=config.hidden_size,
         inner=config.intermediate_size,
         heads=Heads(config.num_attention_heads, config.num_key_value_heads, size),
-        rank=settings.adapter.rank if settings.adapter.kind == "lora" else 0,
+        rank=max((config.r for config in getattr(causal.model, "peft_config", {}).values()), default=0),
         vocabulary=config.vocab_size,
         nf4=settings.model.quantize == "nf4",
     )
@@ -226,6 +230,7 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
         exact_cuda_algorithms()
     device = choose_device()
     attention = choose_attention(settings.model.attention, device, choose_dtype(settings.model.dtype, device))
+    torch.manual_seed(train.seed)
     tokenizer = load_tokenizer(
         settings.model.name,
         revision=settings.model.revision,
@@ -240,6 +245,8 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
     store = CheckpointStore(run_dir / "checkpoints", keep=settings.output.keep)
     _check_space(settings, store, causal, total_steps)
     with packed_attention(causal.base, attention):
+        with backend.autocast():
+            check_packing(causal)
         fit = _fit(settings, causal, backend, data)
     trainer = Trainer(
         backend=backend,
@@ -254,7 +261,7 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
         ),
         cadence=_cadence(settings, total_steps),
         store=store,
-        identity=_identity(settings, data),
+        identity=_identity(settings, data, causal),
         run_dir=run_dir,
     )
     return Run(

@@ -161,7 +161,7 @@ def _save(run: Run, folder: Path, outcome: Outcome) -> Path:
         sources=sources,
         rows=len(run.data.train_N),
         steps=outcome.step,
-        tokens=outcome.tokens,
+        tokens=outcome.all_tokens,
         first_eval=outcome.first_eval,
         last_eval=outcome.last_eval,
         hyperparameters={name: getattr(train, name) for name in shown},

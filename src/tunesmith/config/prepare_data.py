@@ -33,6 +33,7 @@ class PreparedData:
         train_N: documents that train.
         held_out_N: documents that measure.
         reports: (source name, what became of its rows), training sources first.
+        fingerprint: changes with any byte of the data, the template or a setting that decides the tokens.
     """
 
     renderer: Renderer
@@ -40,6 +41,7 @@ class PreparedData:
     train_N: NDArray[np.int64]
     held_out_N: NDArray[np.int64]
     reports: tuple[tuple[str, DataReport], ...]
+    fingerprint: str
 
 
 def make_renderer(settings: RunSettings, tokenizer: Any) -> Renderer:
@@ -94,7 +96,9 @@ def prepare_data(settings: RunSettings, tokenizer: Any, progress: Progress | Non
         raise DataError("No row is left to train on.", hint="Lower data.eval.fraction or add data.")
     names = [source.path for source in sources]
     reports = tuple(zip(names, (table.report for table in tables), strict=True))
-    return PreparedData(renderer, corpus, train_N, held_out_N, reports)
+    # a table's folder is named by the hash of everything that it was made from
+    keys = "/".join(table.folder.name for table in tables)
+    return PreparedData(renderer, corpus, train_N, held_out_N, reports, keys)
 
 
 def batch_plan(settings: RunSettings) -> BatchPlan:

@@ -78,7 +78,8 @@ class SingleDevice:
         self.optimizer.zero_grad(set_to_none=True)
         grad_norm, *losses = values.tolist()
         losses_finite = all(map(math.isfinite, losses))
-        overflowed = losses_finite and not math.isfinite(grad_norm) and self.scaler.get_scale() < scale
+        # a scale below 1 has made room enough: what still overflows is not finite by itself
+        overflowed = losses_finite and not math.isfinite(grad_norm) and 1.0 <= self.scaler.get_scale() < scale
         return Update(
             tuple(losses),
             grad_norm,

@@ -249,7 +249,7 @@ def _dense_backward(
 
 
 @functools.cache
-def _cudnn_frontend() -> Any:
+def cudnn_frontend() -> Any:
     """The module `cudnn` of nvidia-cudnn-frontend, or None where it is not installed."""
     try:
         import cudnn  # type: ignore[import-not-found,unused-ignore]
@@ -259,7 +259,7 @@ def _cudnn_frontend() -> Any:
 
 
 def _ragged_fits(fused_TN: Tensor, heads: Heads, _documents: Documents) -> bool:
-    return _cudnn_ok(fused_TN, heads) and _cudnn_frontend() is not None
+    return _cudnn_ok(fused_TN, heads) and cudnn_frontend() is not None
 
 
 def _bucket(value: int) -> int:
@@ -293,7 +293,7 @@ class _RaggedShape:
 
 @functools.lru_cache(maxsize=64)
 def _ragged_plan(shape: _RaggedShape) -> _RaggedPlan:
-    cudnn = _cudnn_frontend()
+    cudnn = cudnn_frontend()
     kinds = cudnn.data_type
     io = kinds.BFLOAT16 if shape.dtype == torch.bfloat16 else kinds.HALF
     graph = cudnn.pygraph(io_data_type=io, intermediate_data_type=kinds.FLOAT, compute_data_type=kinds.FLOAT)
@@ -370,7 +370,7 @@ def _execute(plan: _RaggedPlan, values: dict[str, Tensor]) -> None:
     device = values["q"].device
     workspace = torch.empty(plan.workspace, device=device, dtype=torch.uint8)
     handle = _cudnn_handle(device.index or 0)
-    _cudnn_frontend().set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
+    cudnn_frontend().set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
     plan.graph.execute(
         {plan.tensors[name]: value for name, value in values.items()}, workspace, handle=handle
     )
@@ -378,7 +378,7 @@ def _execute(plan: _RaggedPlan, values: dict[str, Tensor]) -> None:
 
 @functools.cache
 def _cudnn_handle(_device: int) -> Any:
-    return _cudnn_frontend().create_handle()
+    return cudnn_frontend().create_handle()
 
 
 def _ragged_shape(fused_TN: Tensor, heads: Heads, documents: Documents, *, backward: bool) -> _RaggedShape:

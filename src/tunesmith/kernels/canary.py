@@ -20,7 +20,14 @@ import torch
 
 from tunesmith._version import __version__
 from tunesmith.kernels import launch
-from tunesmith.kernels.attention import BACKENDS, Documents, Heads, attention_backward, attention_forward
+from tunesmith.kernels.attention import (
+    BACKENDS,
+    Documents,
+    Heads,
+    attention_backward,
+    attention_forward,
+    cudnn_frontend,
+)
 from tunesmith.kernels.attention import switched_off as attention_off
 from tunesmith.kernels.catalog import CATALOG, Size
 from tunesmith.kernels.measure import error, errors
@@ -82,7 +89,7 @@ class Finding:
     def __str__(self) -> str:
         return (
             f"The kernel {self.name} errs by {self.error:.2g} on this card, where {self.tolerance:.2g} is allowed; "
-            f"its plain torch form computes instead."
+            f"another form computes instead."
         )
 
 
@@ -176,6 +183,7 @@ def _key(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> str:
         "driver": torch.version.cuda,
         "torch": torch.__version__,
         "triton": launch.TRITON_VERSION,
+        "cudnn frontend": getattr(cudnn_frontend(), "__version__", None),
         "tunesmith": __version__,
         "shape": asdict(shape),
         "dtype": str(dtype),

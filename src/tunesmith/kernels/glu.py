@@ -150,26 +150,15 @@ def _adapter_backward_kernel(  # type: ignore[no-untyped-def]
         xa_g = tl.load(xa + xa_at[:, None] + rank, mask=rank_live, other=0.0)
         xa_u = tl.load(xa + xa_at[:, None] + RANK + rank, mask=rank_live, other=0.0)
     first = tl.program_id(1) * tiles
-    count = tl.minimum(tiles, tl.cdiv(inner, COLS) - first)
-    col = first * COLS + tl.arange(0, COLS)
-    live = row_live[:, None] & (col < inner)[None, :]
-    gate_at = gate_up + at[:, None] * gate_up_row + col[None, :]
-    grad_at = grad_act + at[:, None] * grad_row + col[None, :]
-    g_next = tl.load(gate_at, mask=live, other=0.0)
-    u_next = tl.load(gate_at + inner, mask=live, other=0.0)
-    d_next = tl.load(grad_at, mask=live, other=0.0)
-    for nth in tl.range(0, count, num_stages=1):
+    for nth in tl.range(0, tl.minimum(tiles, tl.cdiv(inner, COLS) - first), num_stages=1):
         col = (first + nth) * COLS + tl.arange(0, COLS)
         col_live = col < inner
         live = row_live[:, None] & col_live[None, :]
         gate_at = gate_up + at[:, None] * gate_up_row + col[None, :]
         grad_at = grad_act + at[:, None] * grad_row + col[None, :]
-        g, u, d = g_next.to(tl.float32), u_next.to(tl.float32), d_next.to(tl.float32)
-        # the next tile is on its way while this one is computed; nobody writes to it before its own turn
-        ahead = row_live[:, None] & ((col + COLS < inner) & (nth + 1 < count))[None, :]
-        g_next = tl.load(gate_at + COLS, mask=ahead, other=0.0)
-        u_next = tl.load(gate_at + inner + COLS, mask=ahead, other=0.0)
-        d_next = tl.load(grad_at + COLS, mask=ahead, other=0.0)
+        g = tl.load(gate_at, mask=live, other=0.0).to(tl.float32)
+        u = tl.load(gate_at + inner, mask=live, other=0.0).to(tl.float32)
+        d = tl.load(grad_at, mask=live, other=0.0).to(tl.float32)
         b_at = col.to(tl.int64) * b_row
         up_at = (inner + col).to(tl.int64) * b_row
         if REDUCE:

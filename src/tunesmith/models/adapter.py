@@ -116,6 +116,11 @@ def load_lora(model: Any, path: str) -> Any:
     if kind != PeftType.LORA:
         raise UserError(f"adapter.path: the adapter in {folder} is {kind}, and only LoRA can be continued.")
     _check_complete(loaded, folder)
+    for (
+        parameter
+    ) in loaded.parameters():  # PEFT widens the adapter alone, not what `modules_to_save` trains beside it
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     return loaded
 
 
@@ -135,8 +140,13 @@ def _check_complete(model: Any, folder: Path) -> None:
         )
 
 
-def train_all(model: Any, frozen: Sequence[str]) -> Any:
+def train_all(model: Any, frozen: Sequence[str], frozen_dtype: torch.dtype = torch.float32) -> Any:
     """Make every parameter of `model` trainable in float32, but for those that match a glob pattern.
+
+    Args:
+        model: loaded in float32, so that training starts from the checkpoint's own values.
+        frozen: glob patterns of parameter names.
+        frozen_dtype: type in which what does not train is held.
 
     Raises:
         UserError: a pattern matches no parameter, or nothing is left to train.
@@ -151,8 +161,7 @@ def train_all(model: Any, frozen: Sequence[str]) -> Any:
     for name, parameter in model.named_parameters():
         trained = not any(fnmatch.fnmatchcase(name, pattern) for pattern in frozen)
         parameter.requires_grad_(trained)
-        if trained:
-            parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(torch.float32 if trained else frozen_dtype)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("model.freeze leaves no parameter to train.")
     return model

@@ -9,10 +9,11 @@ group here); an adapter product added in a pass of its own over the widest outpu
 kernels here); each 4-bit weight dequantised once per use (once per backward here, shared by recomputation and
 gradient); norms and activations kept, or whole layers recomputed (what is kept is a `Policy` here).
 
-The adapter's contribution is added in float32 and never merged into rounded weights. The contract of the node:
+The adapter's contribution is never merged into rounded weights: for q, k, v, gate and up it is added in float32,
+for the output and down projections onto the residual stream. The contract of the node:
 parameters that train are its inputs and their gradients are returned, never written to `.grad`, so DDP and FSDP2
 see them; weights are read from the modules again in backward, so engines may have freed them in between; gate and
-up are overwritten in backward, and a second backward through the same graph is refused by autograd's own check.
+up are overwritten in backward, and a second backward through the same graph is refused.
 
 Shape suffixes: T tokens, D hidden size, N columns of qkv, I intermediate size, Q ranks of a group's projections.
 """
@@ -287,7 +288,7 @@ class _DecoderLayer(torch.autograd.Function):
         keep = {"input": hidden_TD}
         for stage in call.policy.keep:
             keep |= {name: tensor for name, tensor in stash.large.items() if STAGE_TENSORS[stage](name)}
-        ctx.call, ctx.backend, ctx.handle = call, stash.backend, None
+        ctx.call, ctx.backend, ctx.handle, ctx.spent = call, stash.backend, None, False
         # a hundredth of what such a layer keeps, and three launches fewer in backward
         ctx.operands = stash.operands if "gate_up" in call.policy.keep else None
         ctx.small, ctx.large = tuple(stash.small), tuple(keep)
@@ -301,6 +302,12 @@ class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         call: LayerCall = ctx.call
+        if ctx.spent:  # kernels write past autograd's own version counter
+            raise RuntimeError(
+                "A fused decoder layer went backward a second time through the same graph. It has overwritten what "
+                "it kept: run the forward pass again, or undo() the installation for gradients with retain_graph."
+            )
+        ctx.spent = True
         tensors = list(ctx.saved_tensors)
         small = dict(zip(ctx.small, tensors[: len(ctx.small)], strict=True))
         handle: Handle | None = ctx.handle

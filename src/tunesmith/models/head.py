@@ -1,9 +1,9 @@
 """The head of a causal language model, found once and run over supervised positions only.
 
 `CausalModel` splits any transformers causal model into backbone and head. What stands between the final hidden
-state and the logits differs by family (a soft cap, a factor); it is data here (`_LOGIT_RULES`), and `check_head`
-proves on a few tokens that our head gives the model's own logits, so a family with a rule that we do not know is
-refused instead of trained wrongly.
+state and the logits differs by family (a soft cap, a factor); it is data here (`_LOGIT_RULES`), and
+`head_check.check_head` proves on a few tokens that our head gives the model's own logits, so a family with a rule
+that we do not know is refused instead of trained wrongly.
 
 Shape suffixes: T tokens, S supervised tokens, D hidden size, V vocabulary.
 """
@@ -67,7 +67,7 @@ class CausalModel:
         compute_dtype: type of the head's GEMMs, and of autocast where it differs from the weights' type.
 
     Raises:
-        UserError: the model has no linear output head.
+        UserError: the model has no linear output head, no backbone of its own, or an adapter on its head.
     """
 
     def __init__(self, model: Any, compute_dtype: torch.dtype) -> None:
@@ -76,7 +76,15 @@ class CausalModel:
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if self.base.get_output_embeddings() is None:
             raise UserError(f"{type(self.base).__name__} has no language-model head to train against.")
+        name = type(self.base).__name__
+        if hasattr(self.base.get_output_embeddings(), "lora_A"):
+            raise UserError(
+                f"An adapter sits on the language-model head of {name}, where it would not be trained.",
+                hint="Use an adapter without lm_head among its target modules.",
+            )
         self.backbone = self.base.get_decoder()
+        if self.backbone is self.base or not hasattr(self.backbone, "get_input_embeddings"):
+            raise UserError(f"{name} does not tell its backbone from its head, so it cannot be trained here.")
         self.config = self.base.config.get_text_config()
 
     @property
@@ -120,40 +128,4 @@ class CausalModel:
         bias = getattr(head, "bias", None)
         return HeadScorer(
             hidden_SD.to(dtype), targets_S, head.weight.to(dtype), bias, scale=scale, softcap=rules["softcap"]
-        )
-
-
-@torch.no_grad()
-def check_head(causal: CausalModel) -> None:
-    """Compare our head with the model's own logits on a few tokens, and see that no token sees later ones.
-
-    Raises:
-        UserError: they differ, so this family computes its logits in a way that is not known here; or the
-            model is an encoder.
-    """
-    ids = torch.arange(8, device=causal.device)[None] % causal.config.vocab_size
-    other = ids.clone()
-    other[0, -1] = 0
-    was_training = causal.model.training
-    causal.model.eval()
-    own_TV = causal.base(input_ids=ids, use_cache=False).logits[0].float()
-    other_TV = causal.base(input_ids=other, use_cache=False).logits[0].float()
-    hidden_TD = causal.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
-    targets_T = own_TV.argmax(-1)
-    ours_T = causal.scorer(hidden_TD, targets_T).logprob()
-    theirs_T = torch.log_softmax(own_TV, -1).gather(-1, targets_T[:, None]).squeeze(-1)
-    causal.model.train(was_training)
-    exact = causal.compute_dtype in (torch.float32, torch.float64)
-    tolerance = 1e-3 if exact else 5e-2
-    changed = own_TV.log_softmax(-1)[:-1] - other_TV.log_softmax(-1)[:-1]
-    if float(changed.abs().max()) > (1e-4 if exact else tolerance):  # 0 but for rounding in a causal model
-        raise UserError(
-            f"{type(causal.base).__name__} is no causal language model: its tokens see the ones behind them.",
-            hint="Encoders such as BERT cannot be trained to generate; choose a decoder model.",
-        )
-    difference = float((ours_T - theirs_T).abs().max())
-    if not difference <= tolerance:
-        raise UserError(
-            f"{type(causal.base).__name__} computes its logits in a way that is not supported: "
-            f"log-probabilities differ by {difference:.2g} from its own head's."
         )

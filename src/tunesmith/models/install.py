@@ -37,6 +37,7 @@ class Installed:
         stock: (layer, reason) for each that was left alone.
         fallbacks: how often a fused layer ran its stock forward, by reason.
         policy: what fused layers hold between forward and backward; may be changed between steps.
+        layers: the fused layers themselves.
     """
 
     model: Any
@@ -45,6 +46,7 @@ class Installed:
     fused: list[str] = field(default_factory=list)
     stock: list[tuple[str, str]] = field(default_factory=list)
     fallbacks: Counter[str] = field(default_factory=Counter)
+    layers: list[Any] = field(default_factory=list, repr=False)
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def set_policy(self, name: str) -> None:
@@ -70,7 +72,8 @@ class _FusedForward:
     """The `forward` of one layer instance."""
 
     def __init__(self, layer: Any, row: Architecture, shape: LayerShape, installed: Installed) -> None:
-        self._stock = layer.forward
+        # the function and not the bound method: a deep copy of the model must fall back to its own weights
+        self._stock = getattr(layer.forward, "__func__", layer.forward)
         self._shape = shape
         self._installed = installed
         get = {name: attrgetter(name) for name in (*row.qkv, row.output, *row.gate_up, row.down, *row.norms)}
@@ -91,7 +94,7 @@ class _FusedForward:
             except NotFusableError as error:
                 reason = str(error)
         self._installed.fallbacks[reason] += 1
-        stock: Tensor = self._stock(hidden_states, *args, **kwargs)
+        stock: Tensor = self._stock(layer, hidden_states, *args, **kwargs)
         return stock
 
     def _refusal(self, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -103,6 +106,8 @@ class _FusedForward:
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if cache is not None and not (torch.is_grad_enabled() and cache.get_seq_length() == 0):
             return "a KV cache"
+        if kwargs.get("cu_seq_lens_q") is not None and kwargs.get("document_lengths") is None:
+            return "document boundaries without document_lengths"
         if kwargs.get("position_embeddings") is None:
             return "no position embeddings"
         if hidden_states.ndim != 3:
@@ -129,7 +134,10 @@ class _FusedForward:
             offloader=self._installed.offloader,
             seeds=dropout_seeds(groups),
         )
-        return run_layer(call, hidden_BTD.reshape(batch * tokens, width)).view(batch, tokens, width)
+        out_TD = run_layer(call, hidden_BTD.reshape(batch * tokens, width))
+        # a tensor of its own for autograd: FSDP2 hooks backward onto what a layer returns, and warns of views
+        out_BTD: Tensor = torch.ops.aten._unsafe_view(out_TD, (batch, tokens, width))
+        return out_BTD
 
 
 def _rows(table_BTK: Tensor, batch: int, tokens: int) -> Tensor:
@@ -198,6 +206,7 @@ def install(model: Any, *, policy: str = "keep") -> Installed:
             installed.stock.append((f"layers.{number}", str(error)))
             continue
         _replace_forward(layer, row, _shape_of(config, row), installed)
+        installed.layers.append(layer)
         installed.fused.append(f"layers.{number}")
     if installed.fused:
         _take_over_checkpointing(base, installed)
@@ -208,21 +217,35 @@ def _replace_forward(layer: Any, row: Architecture, shape: LayerShape, installed
     for names in (row.qkv, row.gate_up):
         join_weights([read_projection(attrgetter(name)(layer)).base for name in names])
     forward = _FusedForward(layer, row, shape, installed)
-    layer.forward = MethodType(lambda self, *args, **kwargs: forward(self, *args, **kwargs), layer)
-    installed._undo.append(partial(layer.__dict__.pop, "forward", None))
+    _override(layer, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs), installed)
+
+
+def _override(owner: Any, name: str, function: Callable[..., Any], installed: Installed) -> None:
+    """Give an instance a method of its own; undoing brings back what it had, its own or its class's."""
+    if name in vars(owner):
+        installed._undo.append(partial(setattr, owner, name, vars(owner)[name]))
+    else:
+        installed._undo.append(partial(vars(owner).pop, name, None))
+    setattr(owner, name, MethodType(function, owner))
 
 
 def _take_over_checkpointing(base: Any, installed: Installed) -> None:
     """Map transformers' gradient checkpointing onto policies for as long as the layers are fused."""
 
-    def enable(_self: Any, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
-        del gradient_checkpointing_kwargs
+    stock_enable = type(base).gradient_checkpointing_enable
+    stock_disable = type(base).gradient_checkpointing_disable
+
+    def enable(self: Any, *args: Any, **kwargs: Any) -> None:
         installed.set_policy("recompute")
+        if installed.stock:
+            stock_enable(self, *args, **kwargs)
+            for layer in installed.layers:  # their stock form would be wrapped and recompute a second time
+                layer.gradient_checkpointing = False
 
-    def disable(_self: Any, **_: Any) -> None:
+    def disable(self: Any, *args: Any, **kwargs: Any) -> None:
         installed.set_policy("keep")
+        if installed.stock:
+            stock_disable(self, *args, **kwargs)
 
-    base.gradient_checkpointing_enable = MethodType(enable, base)
-    base.gradient_checkpointing_disable = MethodType(disable, base)
-    for name in ("gradient_checkpointing_enable", "gradient_checkpointing_disable"):
-        installed._undo.append(partial(base.__dict__.pop, name, None))
+    _override(base, "gradient_checkpointing_enable", enable, installed)
+    _override(base, "gradient_checkpointing_disable", disable, installed)

@@ -17,19 +17,21 @@ from tunesmith.models.head import CausalModel
 PROBE_TOKENS = 64
 
 
-def probe_batch(tokens: int) -> TokenBatch:
-    """A row of one document whose every token but the first is supervised, on the CPU."""
-    ids_T = torch.arange(tokens) % 7
+def probe_batch(lengths: tuple[int, ...]) -> TokenBatch:
+    """A row of documents that count from 0 to 6 over and over, every token but the row's first supervised."""
+    tokens = sum(lengths)
+    position_ids_T = torch.cat([torch.arange(length) for length in lengths])
+    ids_T = position_ids_T % 7
     return TokenBatch(
         ids_T=ids_T,
-        position_ids_T=torch.arange(tokens),
-        lengths=(tokens,),
-        cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32),
+        position_ids_T=position_ids_T,
+        lengths=lengths,
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
         logit_index_S=torch.arange(tokens - 1),
         targets_S=ids_T[1:],
         weights_S=torch.ones(tokens - 1),
         document_S=torch.zeros(tokens - 1, dtype=torch.int64),
-        rows_D=(0,),
+        rows_D=tuple(range(len(lengths))),
     )
 
 
@@ -55,6 +57,7 @@ def saved_bytes_per_token(causal: CausalModel, autocast: torch.autocast) -> floa
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
         autocast,
     ):
-        hidden_TD = causal.hidden(probe_batch(PROBE_TOKENS).to(causal.device))
-    assert hidden_TD.requires_grad
+        hidden_TD = causal.hidden(probe_batch((PROBE_TOKENS,)).to(causal.device))
+    if not hidden_TD.requires_grad:  # only the head is trained
+        return 0.0
     return sum(held.values()) / PROBE_TOKENS

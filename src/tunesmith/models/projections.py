@@ -86,6 +86,10 @@ def read_projection(module: Any) -> Projection:
         drop = module.lora_dropout[name]
         rate = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
         adapters.append(Adapter(a, b, float(module.scaling[name]), rate))
+    if len({adapter.dropout for adapter in adapters}) > 1 or (
+        len(adapters) > 1 and adapters[0].dropout > 0.0
+    ):
+        raise NotFusableError("several adapters are active, with dropout masks of their own")
     return Projection(base, tuple(adapters))
 
 

@@ -27,7 +27,6 @@ class Architecture:
         down: path of the down projection.
         norms: paths of the norm before attention and of the norm before the MLP.
         eps: name of the norms' epsilon in the config.
-        activation: name of the activation in the config.
         refused: conditions that rule the fused layer out.
     """
 
@@ -38,7 +37,6 @@ class Architecture:
     down: str = "mlp.down_proj"
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
     eps: str = "rms_norm_eps"
-    activation: str = "hidden_act"
     refused: tuple[Check, ...] = ()
 
 

@@ -48,4 +48,4 @@ class AdapterSettings(Section):
     targets: Literal["all-linear"] | Patterns = "all-linear"
     """Which linear layers get an adapter: `all-linear` (the head excepted) or a list of name endings."""
     path: str | None = None
-    """Continue from this adapter directory; rank, alpha and targets are then the adapter's own."""
+    """Continue from this adapter directory; rank, alpha, dropout and targets are then the adapter's own."""

@@ -89,6 +89,7 @@ class Outcome:
         last_eval: held-out loss at the end.
         seconds: wall time of this process's training.
         tokens: tokens this process trained on.
+        all_tokens: tokens of the whole run.
     """
 
     reason: str
@@ -97,6 +98,7 @@ class Outcome:
     last_eval: float | None
     seconds: float
     tokens: int
+    all_tokens: int
 
 
 def count_steps(corpus: Corpus, documents_N: NDArray[np.int64], plan: BatchPlan, epochs: float) -> int:
@@ -148,7 +150,7 @@ class Trainer:
         self.step = 0
         self.position = Position()
         self.evals: dict[int, float] = {}
-        self.tokens = 0
+        self.tokens = self._tokens_before = 0
         self._began = time.monotonic()
 
     # ---------------------------------------------------------------- the loop
@@ -201,7 +203,15 @@ class Trainer:
                 self._save()
         seconds = time.monotonic() - began
         self._emit(Finished(step=self.step, reason=reason, seconds=seconds))
-        return Outcome(reason, self.step, self.evals.get(0), self.evals.get(self.step), seconds, self.tokens)
+        return Outcome(
+            reason=reason,
+            step=self.step,
+            first_eval=self.evals.get(0),
+            last_eval=self.evals.get(self.step),
+            seconds=seconds,
+            tokens=self.tokens - self._tokens_before,
+            all_tokens=self.tokens,
+        )
 
     def _remaining_steps(self) -> Iterator[list[Row]]:
         """The rows of each step from the current position on; moves the position past a step it has yielded."""
@@ -229,16 +239,21 @@ class Trainer:
         rate = self.schedule.apply(self.backend.optimizer, self.step)
         result = train_step(self.backend, batches, self.loss, self.cadence.max_grad_norm)
         self.step += 1
+        self._report_step(batches, result, rate, time.monotonic() - started)
         if result.fault is not None:
             self._handle_fault(result, batches)
-        self._report_step(batches, result, rate, time.monotonic() - started)
 
     def _handle_fault(self, result: StepResult, batches: list[TokenBatch]) -> None:
         report = write_fault(self.run_dir / "faults", self.step, result, batches, self.corpus)
         if self.cadence.on_non_finite == "stop":
-            self._save()  # nothing of the step was applied: what was learned before it is worth keeping
             self._emit(Finished(step=self.step, reason="non-finite", seconds=time.monotonic() - self._began))
-            raise fault_error(self.step, result, report)
+            error = fault_error(self.step, result, report)
+            # nothing was applied: keep what was learned before, with the faulty step still to come
+            self.step -= 1
+            self.position = replace(self.position, step_in_epoch=self.position.step_in_epoch - 1)
+            if self.step:
+                self._save()
+            raise error
         self._warn(
             f"The {result.fault} of step {self.step} is not finite; the step is skipped. See {report}."
         )
@@ -311,6 +326,7 @@ class Trainer:
             "step": self.step,
             "epoch": self.position.epoch,
             "step_in_epoch": self.position.step_in_epoch,
+            "tokens": self.tokens,
             "grouping": [self.grouping.rows_per_batch, self.grouping.max_tokens],
             "evals": {str(step): loss for step, loss in self.evals.items()},
             "identity": self.identity,
@@ -341,6 +357,7 @@ class Trainer:
         self.backend.load_state(join_state("optimizer", tensors, state["optimizer"]))
         restore_rng(tensors, state["rng"])
         self.step = state["step"]
+        self.tokens = self._tokens_before = state["tokens"]
         self.position = Position(state["epoch"], state["step_in_epoch"])
         if self.grouping.rows_per_batch is None:  # a number in the settings counts; `auto` is what it was
             self.grouping = MicroBatching(*state["grouping"])
