@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from tunesmith.kernels import attention as module
 from tunesmith.kernels.attention import (
     BACKENDS,
     Documents,
@@ -65,6 +68,15 @@ def test_reference(dtype, tolerance, lengths, heads):
 
 def test_cpu_takes_the_reference():
     assert choose_backend(torch.zeros(4, 12 * 64), LAYOUTS[0], _documents((4,), "cpu")) == "sdpa"
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cudnn_is_not_chosen_where_runs_must_repeat(deterministic, monkeypatch):
+    tensor = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    monkeypatch.setattr(module, "_compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    assert module._cudnn_ok(tensor, LAYOUTS[0]) is not deterministic
+    assert module._flash_fits(tensor, LAYOUTS[0], _documents((4,), "cpu"))
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,8 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
 
 
 def _front_matter(facts: Facts) -> list[str]:
-    lines = ["---", f"base_model: {facts.base_model}", "pipeline_tag: text-generation"]
+    on_hub = not Path(facts.base_model).expanduser().is_dir()
+    lines = ["---", *([f"base_model: {facts.base_model}"] if on_hub else []), "pipeline_tag: text-generation"]
     lines += [f"library_name: {'peft' if facts.adapter else 'transformers'}"]
     lines += ["tags:", "- tunesmith", *(["- lora"] if facts.adapter else []), "---"]
     return lines
@@ -68,9 +70,13 @@ def model_card(facts: Facts) -> str:
     """The text of `README.md` beside the weights."""
     kind = "A LoRA adapter for" if facts.adapter else "A fine-tuned version of"
     held = ", trained on 4-bit (NF4) base weights" if facts.quantize == "nf4" else ""
-    lines = [*_front_matter(facts), "", f"# {kind} {facts.base_model}", ""]
+    local = Path(facts.base_model).expanduser()
+    name = (
+        local.name if local.is_dir() else facts.base_model
+    )  # a folder of this machine tells nobody anything
+    lines = [*_front_matter(facts), "", f"# {kind} {name}", ""]
     lines += [
-        f"{kind} `{facts.base_model}`{held}, made with tunesmith {facts.versions.get('tunesmith', '')}.",
+        f"{kind} `{name}`{held}, made with tunesmith {facts.versions.get('tunesmith', '')}.",
         "",
     ]
     lines += ["## Training", ""]
