@@ -1,0 +1,61 @@
+"""Events on disk and the loss curve."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from tunesmith.contracts.events import Evaluated, Stepped, Warned
+from tunesmith.training.metrics import EventLog, draw_loss_curve, read_events
+
+
+def _step(number: int, loss: float) -> Stepped:
+    return Stepped(
+        step=number, epoch=0.5, loss=loss, grad_norm=1.0, learning_rate=1e-3, tokens=10, supervised_tokens=5,
+        tokens_per_second=1.0, supervised_tokens_per_second=0.5, seconds=1.0, memory_gib=0.1, loss_scale=1.0,
+        applied=True,
+    )  # fmt: skip
+
+
+def test_events_are_strict_json_lines_also_where_a_loss_is_not_finite(tmp_path: Path):
+    log = EventLog(tmp_path / "events.jsonl")
+    for event in (_step(1, 2.0), _step(2, math.nan), Warned(step=2, message="careful")):
+        log.on_event(event)
+    log.close()
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=lambda name: 1 / 0) for line in lines]
+    assert [record["event"] for record in records] == ["step", "step", "warning"]
+    assert records[1]["loss"] == "nan"
+
+
+def test_going_on_drops_the_events_of_steps_that_run_again(tmp_path: Path):
+    log = EventLog(tmp_path / "events.jsonl")
+    for number in range(1, 6):
+        log.on_event(_step(number, 1.0))
+    log.close()
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"event": "step", "st')  # cut off by a kill
+    assert len(read_events(tmp_path / "events.jsonl")) == 5
+    log = EventLog(tmp_path / "events.jsonl", keep_until=3)
+    log.on_event(_step(4, 0.5))
+    log.close()
+    assert [(e["step"], e["loss"]) for e in read_events(tmp_path / "events.jsonl")] == [
+        (1, 1.0), (2, 1.0), (3, 1.0), (4, 0.5),
+    ]  # fmt: skip
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path: Path):
+    (tmp_path / "events.jsonl").write_text('{"event": "step", "step": 1}\n')
+    EventLog(tmp_path / "events.jsonl").close()
+    assert read_events(tmp_path / "events.jsonl") == []
+
+
+def test_the_curve_is_a_png_and_skips_what_is_not_finite(tmp_path: Path):
+    events = [_step(n, loss).record() for n, loss in enumerate((3.0, 2.0, 1.5), start=1)]
+    events.append(Evaluated(step=3, loss=1.4, tokens=9, seconds=0.1).record())
+    events.append({**_step(4, 1.0).record(), "loss": "nan"})
+    assert draw_loss_curve(events, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not draw_loss_curve([], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
