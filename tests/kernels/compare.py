@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from tunesmith.kernels import cross_entropy, glu, launch, nf4, rms_norm, rope
 from tunesmith.kernels.catalog import CATALOG
 from tunesmith.kernels.measure import copied, error, errors, results
 
-__all__ = ["DTYPES", "LARGE", "SMALL", "copied", "error", "errors", "label", "results"]
+__all__ = ["DTYPES", "LARGE", "SMALL", "copied", "count_launches", "error", "errors", "label", "results"]
 
 SMALL = [(name, size) for name, row in CATALOG.items() for size in row.small]
 LARGE = [(name, size) for name, row in CATALOG.items() for size in row.large]
@@ -17,3 +19,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def label(value: object) -> str | None:
     """Test id of a size: its numbers and options."""
     return "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None
+
+
+def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that run from now on: an empty list means that the reference was compared to itself."""
+    seen: list[str] = []
+
+    def counted(kernel, *args, **options):
+        seen.append(kernel.fn.__name__)
+        launch.launch(kernel, *args, **options)
+
+    for module in (cross_entropy, glu, nf4, rms_norm, rope):
+        monkeypatch.setattr(module, "launch", counted)
+    return seen

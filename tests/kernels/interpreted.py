@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.compare import DTYPES, SMALL, copied, errors, label, results
-from tunesmith.kernels import cross_entropy, glu, launch, nf4, rms_norm, rope
+from tests.kernels.compare import DTYPES, SMALL, copied, count_launches, errors, label, results
+from tunesmith.kernels import cross_entropy, glu, launch, rms_norm, rope
 from tunesmith.kernels.catalog import CATALOG
 
 # The interpreter truncates where the card rounds to nearest when it stores bfloat16: twice the error, all to one
@@ -22,15 +22,7 @@ SLACK = {torch.float32: 1.0, torch.bfloat16: 2.5, torch.float16: 1.0}
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that ran; none is a failure, because then the reference was compared to itself."""
     assert launch.INTERPRETED
-    seen: list[str] = []
-
-    def counted(kernel, *args, **options):
-        seen.append(kernel.fn.__name__)
-        launch.launch(kernel, *args, **options)
-
-    for module in (cross_entropy, glu, nf4, rms_norm, rope):
-        monkeypatch.setattr(module, "launch", counted)
-    return seen
+    return count_launches(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

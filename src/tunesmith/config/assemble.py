@@ -14,15 +14,14 @@ import torch
 
 from tunesmith.config.prepare_data import PreparedData, Progress, batch_plan, prepare_data
 from tunesmith.contracts.errors import UserError
-from tunesmith.data.tokenize import default_cache_dir
+from tunesmith.data.cache import cache_folder
 from tunesmith.distributed.single import SingleDevice
-from tunesmith.kernels.attention import Heads
 from tunesmith.kernels.canary import ModelShape, check_kernels
 from tunesmith.models.adapter import add_lora, load_lora, train_all
 from tunesmith.models.attention import choose_attention, packed_attention
 from tunesmith.models.head import CausalModel
 from tunesmith.models.head_check import check_head, check_packing
-from tunesmith.models.install import Installed, install
+from tunesmith.models.install import Installed, heads_of, install
 from tunesmith.models.loader import choose_device, choose_dtype, load_model, load_tokenizer
 from tunesmith.models.probe import saved_bytes_per_token
 from tunesmith.objectives.table import OBJECTIVES
@@ -205,16 +204,15 @@ def _fuse(
     if not installed.fused:
         return installed, ()
     config = causal.config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = ModelShape(
         width=config.hidden_size,
         inner=config.intermediate_size,
-        heads=Heads(config.num_attention_heads, config.num_key_value_heads, size),
+        heads=heads_of(config),
         rank=max((config.r for config in getattr(causal.model, "peft_config", {}).values()), default=0),
         vocabulary=config.vocab_size,
         nf4=settings.model.quantize == "nf4",
     )
-    found = check_kernels(shape, causal.compute_dtype, device, default_cache_dir().with_name("canary"))
+    found = check_kernels(shape, causal.compute_dtype, device, cache_folder("canary"))
     return installed, tuple(str(finding) for finding in found)
 
 

@@ -32,6 +32,12 @@ class DamagedEntryError(Exception):
     """A cache entry that is incomplete or inconsistent; it is built again."""
 
 
+def cache_folder(name: str) -> Path:
+    """A folder of everything that is kept between runs: `$TUNESMITH_CACHE/NAME`, or `~/.cache/tunesmith/NAME`."""
+    root = os.environ.get("TUNESMITH_CACHE")
+    return (Path(root).expanduser() if root else Path.home() / ".cache" / "tunesmith") / name
+
+
 def content_key(parts: Mapping[str, Any]) -> str:
     """SHA-256 of plain values by name, as 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

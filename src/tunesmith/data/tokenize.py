@@ -11,7 +11,6 @@ may not, and a function applied to rows cannot drop one of them and say why.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.contracts.errors import DataError
-from tunesmith.data.cache import content_key, obtain
+from tunesmith.data.cache import cache_folder, content_key, obtain
 from tunesmith.data.chat import RowProblem
 from tunesmith.data.formats import Format, convert, resolve_format
 from tunesmith.data.render import Encoded, Rendered, Renderer
@@ -40,9 +39,8 @@ Malformed = Literal["drop", "error"]
 
 
 def default_cache_dir() -> Path:
-    """`$TUNESMITH_CACHE/tokens`, or `~/.cache/tunesmith/tokens`."""
-    root = os.environ.get("TUNESMITH_CACHE")
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "tunesmith") / "tokens"
+    """Where tables are kept unless the settings say otherwise."""
+    return cache_folder("tokens")
 
 
 def tokenize_source(

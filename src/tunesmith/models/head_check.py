@@ -13,6 +13,7 @@ import torch
 
 from tunesmith.contracts.errors import UserError
 from tunesmith.models.head import CausalModel
+from tunesmith.models.modes import evaluating
 from tunesmith.models.probe import probe_batch
 
 
@@ -27,15 +28,13 @@ def check_head(causal: CausalModel) -> None:
     ids = torch.arange(8, device=causal.device)[None] % causal.config.vocab_size
     other = ids.clone()
     other[0, -1] = 0
-    was_training = causal.model.training
-    causal.model.eval()
-    own_TV = causal.base(input_ids=ids, use_cache=False).logits[0].float()
-    other_TV = causal.base(input_ids=other, use_cache=False).logits[0].float()
-    hidden_TD = causal.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
+    with evaluating(causal.model):
+        own_TV = causal.base(input_ids=ids, use_cache=False).logits[0].float()
+        other_TV = causal.base(input_ids=other, use_cache=False).logits[0].float()
+        hidden_TD = causal.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
     targets_T = own_TV.argmax(-1)
     ours_T = causal.scorer(hidden_TD, targets_T).logprob()
     theirs_T = torch.log_softmax(own_TV, -1).gather(-1, targets_T[:, None]).squeeze(-1)
-    causal.model.train(was_training)
     exact = causal.compute_dtype in (torch.float32, torch.float64)
     tolerance = 1e-3 if exact else 5e-2
     changed = own_TV.log_softmax(-1)[:-1] - other_TV.log_softmax(-1)[:-1]
@@ -62,11 +61,9 @@ def check_packing(causal: CausalModel) -> None:
     Raises:
         UserError: the second document of a row sees the first.
     """
-    was_training = causal.model.training
-    causal.model.eval()
-    packed = causal.hidden(probe_batch((9, 7)).to(causal.device))[9:].float()
-    alone = causal.hidden(probe_batch((7,)).to(causal.device)).float()
-    causal.model.train(was_training)
+    with evaluating(causal.model):
+        packed = causal.hidden(probe_batch((9, 7)).to(causal.device))[9:].float()
+        alone = causal.hidden(probe_batch((7,)).to(causal.device)).float()
     difference = float((packed - alone).norm() / alone.norm().clamp_min(1e-30))
     if not difference <= (1e-4 if causal.compute_dtype in (torch.float32, torch.float64) else 5e-2):
         raise UserError(

@@ -153,10 +153,14 @@ def _documents(kwargs: dict[str, Any], batch: int, tokens: int, device: torch.de
     return Documents((tokens,) * batch, cu_seqlens)
 
 
-def _shape_of(config: Any, row: Architecture) -> LayerShape:
+def heads_of(config: Any) -> Heads:
+    """Layout of the fused q, k, v buffer of a model with this config."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = Heads(config.num_attention_heads, config.num_key_value_heads, size)
-    return LayerShape(heads=heads, eps=float(getattr(config, row.eps)), activation="silu")
+    return Heads(config.num_attention_heads, config.num_key_value_heads, size)
+
+
+def _shape_of(config: Any, row: Architecture) -> LayerShape:
+    return LayerShape(heads=heads_of(config), eps=float(getattr(config, row.eps)), activation="silu")
 
 
 def _check_layer(layer: Any, row: Architecture) -> None:

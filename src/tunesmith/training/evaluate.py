@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tunesmith.data.batches import Corpus, collate, micro_batches
 from tunesmith.data.packing import pack_best_fit
 from tunesmith.models.head import CausalModel
+from tunesmith.models.modes import evaluating
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +42,13 @@ def held_out_loss(
     longest = int(corpus.lengths[documents_N].max())
     packs = pack_best_fit(corpus.lengths[documents_N], max(longest, max_tokens))
     rows: Sequence[tuple[int, ...]] = [tuple(int(documents_N[i]) for i in pack) for pack in packs]
-    was_training = causal.model.training
-    causal.model.eval()
     loss = weight = 0.0
     tokens = 0
-    for documents in micro_batches(corpus, rows, rows_per_batch=1, max_tokens=max_tokens):
-        batch = collate(corpus, documents)
-        with autocast:
+    with evaluating(causal.model), autocast:
+        for documents in micro_batches(corpus, rows, rows_per_batch=1, max_tokens=max_tokens):
+            batch = collate(corpus, documents)
             summed = causal.score(batch.to(causal.device)).cross_entropy(batch.weights_S.to(causal.device))
-        loss += float(summed)
-        weight += float(batch.weights_S.double().sum())
-        tokens += batch.tokens
-    causal.model.train(was_training)
+            loss += float(summed)
+            weight += float(batch.weights_S.double().sum())
+            tokens += batch.tokens
     return HeldOutLoss(loss / weight, tokens)

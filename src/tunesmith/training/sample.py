@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from tunesmith.models.modes import evaluating
+
 
 @torch.no_grad()
 def sample_answers(
@@ -29,9 +31,7 @@ def sample_answers(
     longest = max(map(len, encoded))
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded], device=model.device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded], device=model.device)
-    was_training = model.training
-    model.eval()
-    with autocast:
+    with evaluating(model), autocast:
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -43,5 +43,4 @@ def sample_answers(
             pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id,
         )
-    model.train(was_training)
     return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in output]
