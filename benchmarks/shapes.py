@@ -1,12 +1,16 @@
-"""Random models of published shapes, built on the GPU in seconds: shape decides speed and memory, weights do not."""
+"""Random models of published shapes, built in seconds: shape decides speed and memory, weights do not."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+if TYPE_CHECKING:  # torch takes seconds to import, and who only reads the table does not need it
+    import torch
+    from torch import nn
 
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
@@ -21,10 +25,32 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+_SPECIAL = 256
+"""The last ids of the vocabulary are control tokens, as in Llama 3: ids 128,000 to 128,255 of 128,256."""
 
-def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
+
+def parameters(config: dict[str, Any]) -> int:
+    """Number of parameters of a Llama with this config, norms left out."""
+    width, head = config["hidden_size"], config["hidden_size"] // config["num_attention_heads"]
+    attention = 2 * width * (width + config["num_key_value_heads"] * head)
+    layer = attention + 3 * width * config["intermediate_size"]
+    tables = 1 if config["tie_word_embeddings"] else 2
+    return int(config["num_hidden_layers"] * layer + tables * config["vocab_size"] * width)
+
+
+def device_and_dtype() -> tuple[torch.device, torch.dtype]:
+    """The GPU and bfloat16, or the CPU and float32 where there is none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0), torch.bfloat16
+    return torch.device("cpu"), torch.float32
+
+
+def _quantise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Replace every linear layer but the head by bitsandbytes' NF4 form with nested scales, one at a time."""
     import bitsandbytes as bnb
+    from torch import nn
 
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -36,8 +62,22 @@ def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
             )  # fmt: skip
             held.weight = bnb.nn.Params4bit(
                 child.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
-            ).to("cuda")
+            ).to(device)
             setattr(parent, name, held)
+
+
+def base_model(config: dict[str, Any], seed: int = 0) -> Any:
+    """A Llama with frozen random weights on the device, in the type of `device_and_dtype`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    device, dtype = device_and_dtype()
+    torch.manual_seed(seed)
+    torch.set_default_dtype(dtype)
+    with device:
+        model = LlamaForCausalLM(LlamaConfig(**config, dtype=str(dtype).removeprefix("torch.")))
+    torch.set_default_dtype(torch.float32)
+    return model.requires_grad_(False)
 
 
 def random_model(
@@ -50,23 +90,57 @@ def random_model(
         adapter: `lora` (bfloat16 weights) or `qlora` (NF4).
         layers: fewer layers than the shape has.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import torch
 
     from tunesmith.models.adapter import add_lora
 
-    config = LlamaConfig(
-        **(SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})), dtype="bfloat16"
-    )
-    torch.manual_seed(seed)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    model.requires_grad_(False)
+    model = base_model(SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {}), seed)
     if adapter == "qlora":
-        _quantise(model, torch.bfloat16)
-        torch.cuda.empty_cache()
+        device, dtype = device_and_dtype()
+        _quantise(model, dtype, device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return add_lora(model, rank=rank, alpha=float(rank), dropout=0.0, targets="all-linear", seed=seed)
+
+
+def _save_tokenizer(folder: Path, vocabulary: int, positions: int) -> dict[str, int]:
+    """Write a byte-level tokenizer that fills the vocabulary, for systems that do not load a model without one.
+
+    Returns:
+        The ids of its control tokens, by the name of the setting in a model's config.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    first = vocabulary - _SPECIAL
+    special = {"<|begin_of_text|>": first, "<|end_of_text|>": first + 1, "<|pad|>": first + 4}
+    names = {number: token for token, number in special.items()}
+    vocab = {token: number for number, token in enumerate(alphabet)}
+    for number in range(len(alphabet), vocabulary):
+        vocab[names.get(number, f"<|unused{number}|>")] = number
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    bos, eos, pad = special
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad, model_max_length=positions
+    ).save_pretrained(folder)
+    return {"bos_token_id": special[bos], "eos_token_id": special[eos]}
+
+
+def save_checkpoint(folder: Path, config: dict[str, Any], seed: int = 0) -> None:
+    """Write the base weights that `random_model` has, and a tokenizer; the folder appears when it is whole."""
+    partial = folder.with_name(folder.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    model = base_model(config, seed)
+    for name, number in _save_tokenizer(
+        partial, config["vocab_size"], config["max_position_embeddings"]
+    ).items():
+        setattr(model.config, name, number)
+        setattr(model.generation_config, name, number)
+    model.save_pretrained(partial, max_shard_size="4GB")
+    partial.rename(folder)
 
 
 def batch_size(text: str) -> tuple[int, int]:
@@ -76,3 +150,7 @@ def batch_size(text: str) -> tuple[int, int]:
         return int(rows), int(length)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not ROWSxLENGTH") from None
+
+
+if __name__ == "__main__":  # python shapes.py FOLDER CONFIG writes a checkpoint; CONFIG is JSON
+    save_checkpoint(Path(sys.argv[1]), json.loads(sys.argv[2]))

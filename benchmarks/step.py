@@ -9,58 +9,21 @@ the timed steps. `--profile` prints where the GPU's time goes.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import random
-import time
+import sys
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import batch_size, random_model
 
-from tunesmith.contracts.batch import TokenBatch
-from tunesmith.distributed.single import SingleDevice
-from tunesmith.models.attention import packed_attention
-from tunesmith.models.head import CausalModel
-from tunesmith.models.install import install
-from tunesmith.objectives.sft import SFT
-from tunesmith.training.step import ObjectiveLoss, train_step
+if __name__ == "__main__":  # as a script: the root of the project instead of this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-
-def documents(rows: int, length: int, mean: int | None, seed: int = 0) -> list[int]:
-    """Document lengths of a packed row of rows · length tokens: equal, or random with a given mean."""
-    if mean is None:
-        return [length] * rows
-    rng, total, lengths = random.Random(seed), rows * length, []
-    while sum(lengths) < total:
-        lengths.append(rng.randint(16, 2 * mean - 16))
-    lengths[-1] -= sum(lengths) - total
-    return [length for length in lengths if length > 0]
-
-
-def random_batch(lengths: list[int], share: float, seed: int) -> TokenBatch:
-    """A packed row of random tokens, a share of whose positions is supervised."""
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(lengths)
-    ids_T = torch.randint(0, 250, (total,), generator=generator)
-    first_T = torch.zeros(total, dtype=torch.bool)
-    first_T[torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
-    chosen_T = (torch.rand(total, generator=generator) < share) & ~first_T
-    at_S = chosen_T.nonzero().squeeze(1)
-    document_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    return TokenBatch(
-        ids_T=ids_T,
-        position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
-        lengths=tuple(lengths),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-        logit_index_S=at_S - 1,
-        targets_S=ids_T[at_S],
-        weights_S=torch.ones(at_S.numel()),
-        document_S=document_T[at_S],
-        rows_D=tuple(range(len(lengths))),
-    )
-
+from benchmarks.batches import documents, random_batch
+from benchmarks.loop import release, time_steps
+from benchmarks.peers.with_tunesmith import report, training_step
+from benchmarks.shapes import batch_size, device_and_dtype, random_model
 
 KINDS = (
     ("attention", ("flash", "sdpa", "fmha", "cudnn_generated")),
@@ -97,48 +60,27 @@ def breakdown(step: Any) -> dict[str, Any]:
 
 def run_case(arguments: argparse.Namespace, policy: str) -> dict[str, Any]:
     """Build the model, warm up, time, and return a row of results."""
+    device, dtype = device_and_dtype()
     model = random_model(arguments.shape, arguments.adapter, layers=arguments.layers)
-    causal = CausalModel(model, torch.bfloat16)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-4, fused=True)
-    backend = SingleDevice(model, optimizer, torch.device("cuda"), torch.bfloat16)
-    installed = None if policy == "stock" else install(model, policy=policy)
-    loss = ObjectiveLoss(causal, SFT)
     lengths = documents(*arguments.batch, arguments.mean)
     batches = [random_batch(lengths, arguments.supervised, seed) for seed in range(4)]
-    model.train()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    seconds, losses = [], []
-    with packed_attention(causal.base, "varlen"):
-        for number in range(arguments.warm + arguments.steps):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            result = train_step(backend, [batches[number % 4]], loss, max_grad_norm=1.0)
-            torch.cuda.synchronize()
-            if number >= arguments.warm:
-                seconds.append(time.perf_counter() - started)
-            losses.append(round(result.loss, 4))
-        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        profile = (
-            breakdown(lambda: train_step(backend, [batches[0]], loss, max_grad_norm=1.0))
-            if arguments.profile
-            else {}
+    graphs = {"auto": None, "always": True, "never": False}[arguments.graphs]
+    with training_step(model, policy, device, dtype, tokens=sum(lengths), graphs=graphs) as (step, installed):
+        timing = time_steps(
+            lambda number: step(batches[number % 4]),
+            steps=arguments.steps,
+            warm=arguments.warm,
+            device=device,
         )
-    median = sorted(seconds)[len(seconds) // 2]
+        profile = breakdown(lambda: step(batches[0])) if arguments.profile else {}
     return {
         "name": f"tunesmith {policy}",
         "shape": arguments.shape,
         "adapter": arguments.adapter,
         "documents": len(lengths),
         "tokens": sum(lengths),
-        "tokens_per_second": round(sum(lengths) / median),
-        "step_seconds": round(median, 4),
-        "peak_gib": round(peak / 2**30, 2),
-        "reserved_gib": round(reserved / 2**30, 2),
-        "host_gib": round(installed.offloader.host_bytes / 2**30, 2) if installed else 0.0,
-        "losses": losses[:3] + losses[-1:],
-        "fallbacks": dict(installed.fallbacks) if installed else {},
+        **timing.row(sum(lengths)),
+        **report(installed),
         **profile,
     }
 
@@ -158,14 +100,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warm", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--graphs", choices=("auto", "always", "never"), default="auto", help="CUDA graphs")
     arguments = parser.parse_args()
     for policy in arguments.policy:
         row = run_case(arguments, policy)
         top = row.pop("top", [])
         print("RESULT", json.dumps(row), flush=True)
         print("\n".join(top), flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
+        release(device_and_dtype()[0])
 
 
 if __name__ == "__main__":

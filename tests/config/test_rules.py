@@ -18,6 +18,8 @@ BROKEN = [
     ({"adapter": {"kind": "none", "path": "runs/a"}}, ["adapter.path"]),
     ({"adapter": {"targets": []}}, ["adapter.targets"]),
     ({"train": {"micro_batch": 17}}, ["train.micro_batch"]),
+    ({"adapter": {"kind": "none"}, "memory": {"policy": "offload"}}, ["memory.policy"]),
+    ({"adapter": {"kind": "none"}, "memory": {"policy": "recompute_gate_up"}}, ["memory.policy"]),
     ({"parallel": {"tensor": 2}}, ["parallel.tensor"]),
     ({"parallel": {"replicate": 2}}, ["parallel.replicate"]),
     ({"parallel": {"shard": 8}}, ["parallel.shard"]),
@@ -51,6 +53,13 @@ def test_every_rule_is_tested() -> None:
         {"adapter": {"kind": "none", "targets": []}},
         {"adapter": {"path": "runs/a"}, "model": {"quantize": "nf4"}},
         {"train": {"micro_batch": 16, "global_batch": 16}},
+        {"memory": {"policy": "offload_attention"}},
+        {"adapter": {"kind": "none"}, "memory": {"policy": "recompute"}},
+        {
+            "adapter": {"kind": "none"},
+            "model": {"freeze": ["model.layers.0.*"]},
+            "memory": {"policy": "offload"},
+        },
         {"train": {"micro_batch": 64, "global_batch": "8192 tokens"}},
     ],
 )

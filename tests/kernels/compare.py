@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tunesmith.kernels import cross_entropy, glu, launch, nf4, rms_norm, rope
+from tunesmith.kernels import adamw, cross_entropy, glu, launch, nf4, residual, rms_norm, rope
 from tunesmith.kernels.catalog import CATALOG
 from tunesmith.kernels.measure import copied, error, errors, results
 
@@ -29,6 +29,6 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(kernel.fn.__name__)
         launch.launch(kernel, *args, **options)
 
-    for module in (cross_entropy, glu, nf4, rms_norm, rope):
+    for module in (adamw, cross_entropy, glu, nf4, residual, rms_norm, rope):
         monkeypatch.setattr(module, "launch", counted)
     return seen

@@ -18,10 +18,11 @@ from unittest import mock
 
 import torch
 
-from tunesmith.kernels import cross_entropy, glu, nf4, rms_norm, rope
+from tunesmith.kernels import adamw, cross_entropy, glu, nf4, residual, rms_norm, rope
 
-MODULES = (cross_entropy, glu, nf4, rms_norm, rope)
+MODULES = (adamw, cross_entropy, glu, nf4, residual, rms_norm, rope)
 TYPES = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tunesmith.kernels import attention as module
+from tunesmith.kernels import attention, attention_cudnn
 from tunesmith.kernels.attention import (
     BACKENDS,
     Documents,
@@ -73,10 +73,10 @@ def test_cpu_takes_the_reference():
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_cudnn_is_not_chosen_where_runs_must_repeat(deterministic, monkeypatch):
     tensor = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
-    monkeypatch.setattr(module, "_compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(attention_cudnn, "_compute_capability", lambda: (9, 0))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
-    assert module._cudnn_ok(tensor, LAYOUTS[0]) is not deterministic
-    assert module._flash_fits(tensor, LAYOUTS[0], _documents((4,), "cpu"))
+    assert attention_cudnn.cudnn_computes(tensor, LAYOUTS[0]) is not deterministic
+    assert attention._flash_fits(tensor, LAYOUTS[0], _documents((4,), "cpu"))
 
 
 @pytest.mark.gpu

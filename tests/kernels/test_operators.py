@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from tunesmith.kernels import cross_entropy, glu, nf4, rms_norm, rope
+from tunesmith.kernels import cross_entropy, glu, nf4, residual, rms_norm, rope
 from tunesmith.kernels.catalog import CATALOG
 
 CPU = torch.device("cpu")
@@ -35,6 +35,8 @@ DIFFERENTIABLE = {
     "rope_qkv-partial": (rope.rope_qkv_op, (_leaf(3, 32), *_tables(3, 4), 2, 1, 8, 4, True)),
     "glu": (glu.glu_op, (_leaf(3, 10), "gelu_tanh")),
     "glu-adapter": (glu.glu_op, (_leaf(3, 10), "silu", _leaf(3, 4), _leaf(10, 2), 2, 0.5)),
+    "add_residual": (residual.add_residual_op, (_leaf(3, 5), _leaf(3, 5), _leaf(3, 2), _leaf(5, 2))),
+    "add_residual-plain": (residual.add_residual_op, (_leaf(3, 5), _leaf(3, 5))),
     "logprob": (cross_entropy.logprob_op, (_leaf(3, 11), TARGETS, 0.5, 4.0)),
 }
 IN_PLACE = {
@@ -85,4 +87,4 @@ for row in CATALOG.values():
 print("ran", len(CATALOG))
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert run.stdout.startswith("ran 8"), run.stderr[-2000:]
+    assert run.stdout.startswith("ran 10"), run.stderr[-2000:]

@@ -105,7 +105,33 @@ def logprob_(*, logits_CV, targets_C, scale, softcap):
     return list(_logprob(logits_CV, targets_C, scale, softcap))
 
 
+def adamw_(*, parameters, gradients, exp_avgs, exp_avg_sqs, steps, groups, options, max_norm):
+    leaves = [torch.nn.Parameter(parameter) for parameter in parameters]
+    options = [
+        {"lr": lr, "betas": (b1, b2), "eps": eps, "weight_decay": decay} for lr, b1, b2, eps, decay in options
+    ]
+    optimizer = torch.optim.AdamW(
+        [{"params": [leaf], **options[group]} for leaf, group in zip(leaves, groups, strict=True)]
+    )
+    states = [
+        dict(zip(("step", "exp_avg", "exp_avg_sq"), s, strict=True))
+        for s in zip(steps, exp_avgs, exp_avg_sqs, strict=True)
+    ]
+    for leaf, gradient, state in zip(leaves, gradients, states, strict=True):
+        leaf.grad, optimizer.state[leaf] = gradient, state
+    norm = torch.nn.utils.clip_grad_norm_(leaves, float("inf") if max_norm is None else max_norm)
+    optimizer.step()
+    return [norm, *leaves, *exp_avgs, *exp_avg_sqs, *steps]
+
+
+def add_residual_(y_TN, residual_TN, u_TR, b_NR):
+    total = y_TN + residual_TN if u_TR is None else y_TN + residual_TN + u_TR @ b_NR.T
+    return [total, total]
+
+
 PLAIN = {
+    "adamw_": adamw_,
+    "add_residual_": add_residual_,
     "rms_norm": rms_norm,
     "rms_norm_backward": rms_norm_backward,
     "rope_qkv_": rope_qkv_,

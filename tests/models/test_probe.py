@@ -12,7 +12,10 @@ from tunesmith.models import probe
 from tunesmith.models.adapter import add_lora, train_all
 from tunesmith.models.attention import packed_attention
 from tunesmith.models.head import CausalModel
-from tunesmith.models.probe import probe_batch, saved_bytes_per_token
+from tunesmith.models.install import install
+from tunesmith.models.policy import POLICIES
+from tunesmith.models.probe import policy_costs, probe_batch, saved_bytes_per_token
+from tunesmith.planning.fit import PolicyCost
 
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 
@@ -88,3 +91,106 @@ def test_the_probe_is_a_batch_as_any_other() -> None:
     assert batch.cu_seqlens.tolist() == [0, 5]
     assert batch.targets_S.tolist() == batch.ids_T[1:].tolist()
     assert batch.supervised == 4
+
+
+# ---------------------------------------------------------------------- costs of policies
+
+# float32 columns of a token in a layer of the tiny model, by stage: q, k and v; the output of attention (on a CPU
+# nothing else of it); the middle stream; gate and up; and the input, which every policy holds
+QKV, ATTENTION, MIDDLE, GATE_UP, INPUT = (4 * columns for columns in (64, 32, 32, 128, 32))
+HALF = QKV + ATTENTION + MIDDLE
+LAYERS = 8
+
+
+def costs_of(model: Any, *, fused: bool = True) -> dict[str, PolicyCost]:
+    causal = CausalModel(model, torch.float32)
+    installed = install(model) if fused else None
+    with packed_attention(causal.base, "sdpa"):
+        return {cost.name: cost for cost in policy_costs(causal, NO_AUTOCAST, installed)}
+
+
+def adapted(**changes: Any) -> Any:
+    return add_lora(tiny_llama(**changes), rank=2, alpha=4, dropout=0.0, targets="all-linear", seed=0)
+
+
+def test_every_policy_of_fused_layers_has_a_cost_in_their_order() -> None:
+    assert list(costs_of(adapted(num_hidden_layers=LAYERS))) == list(POLICIES)
+
+
+def test_fused_layers_take_what_their_stages_take() -> None:
+    costs = costs_of(adapted(num_hidden_layers=LAYERS))
+    keep = costs["keep"].device_bytes
+    # one layer at a time is whole again in backward
+    assert keep - costs["recompute_gate_up"].device_bytes == (LAYERS - 1) * GATE_UP
+    assert keep - costs["recompute"].device_bytes == (LAYERS - 1) * (HALF + GATE_UP)
+    # of what travels three layers are on the device at a time
+    offloaded = costs["offload_attention"]
+    assert offloaded.host_bytes == LAYERS * (INPUT + HALF)
+    assert keep - offloaded.device_bytes == (LAYERS - 3) * (INPUT + HALF) + (LAYERS - 1) * GATE_UP
+    offloaded = costs["offload"]
+    assert offloaded.host_bytes == LAYERS * INPUT
+    assert keep - offloaded.device_bytes == (LAYERS - 3) * INPUT + (LAYERS - 1) * (HALF + GATE_UP)
+    assert [costs[name].host_bytes for name in ("keep", "recompute_gate_up", "recompute")] == [0, 0, 0]
+
+
+def test_stock_layers_have_two_policies() -> None:
+    kept = measured(whole(num_hidden_layers=4))
+    costs = costs_of(whole(num_hidden_layers=4), fused=False)
+    assert list(costs) == ["keep", "recompute"]
+    assert costs["keep"] == PolicyCost("keep", kept)
+    # four layer inputs of 32 float32, and one layer whole
+    assert costs["recompute"].device_bytes == 4 * 32 * 4 + kept / 4
+
+
+def test_layers_that_cannot_be_fused_are_stock() -> None:
+    assert costs_of(whole()) == costs_of(whole(), fused=False)
+
+
+def test_measuring_policies_leaves_policy_and_host_memory_as_they_were() -> None:
+    model = adapted()
+    causal = CausalModel(model, torch.float32)
+    installed = install(model, policy="recompute")
+    offloader = installed.offloader
+    with packed_attention(causal.base, "sdpa"):
+        policy_costs(causal, NO_AUTOCAST, installed)
+    assert installed.policy is POLICIES["recompute"]
+    assert installed.offloader is offloader
+    assert offloader.host_bytes == 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_the_costs_foresee_the_peak() -> None:
+    """Peaks of a whole pass differ between policies as the costs do; what is the same in all cancels out."""
+    tokens, layers = 8192, 12
+    shape = {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_attention_heads": 8,
+        "num_hidden_layers": layers,
+    }
+    model = adapted(
+        dtype=torch.bfloat16, num_key_value_heads=4, max_position_embeddings=tokens, **shape
+    ).cuda()
+    causal = CausalModel(model, torch.bfloat16)
+    installed = install(model)
+    batch = probe_batch((tokens,)).to(torch.device("cuda"))
+    peaks, foreseen = {}, {}
+    with packed_attention(causal.base, "varlen"):
+        found = policy_costs(causal, torch.autocast("cuda", torch.bfloat16), installed)
+        costs = {cost.name: cost for cost in found}
+        for name in POLICIES:
+            installed.set_policy(name)
+            for _ in range(2):  # the first pass fills the pool of host buffers
+                torch.cuda.reset_peak_memory_stats()
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = causal.hidden(batch).float().square().mean()
+                loss.backward()
+                model.zero_grad(set_to_none=True)
+                torch.cuda.synchronize()
+            peaks[name] = torch.cuda.max_memory_allocated()
+            foreseen[name] = costs[name].device_bytes * tokens
+    for name in POLICIES:
+        saved, expected = peaks["keep"] - peaks[name], foreseen["keep"] - foreseen[name]
+        # two layers' worth: when the peak comes in backward differs by policy
+        assert saved == pytest.approx(expected, abs=2 * foreseen["keep"] / layers), name

@@ -23,9 +23,10 @@ from tunesmith.models.head import CausalModel
 from tunesmith.models.head_check import check_head, check_packing
 from tunesmith.models.install import Installed, heads_of, install
 from tunesmith.models.loader import choose_device, choose_dtype, load_model, load_tokenizer
-from tunesmith.models.probe import saved_bytes_per_token
+from tunesmith.models.policy import POLICIES
+from tunesmith.models.probe import policy_costs
 from tunesmith.objectives.table import OBJECTIVES
-from tunesmith.planning.fit import Fit, fit_micro_batch
+from tunesmith.planning.fit import STOCK_POLICIES, Fit, fit_micro_batch
 from tunesmith.settings.run import RunSettings
 from tunesmith.training.checkpoint import CheckpointStore
 from tunesmith.training.optim import Schedule, build_optimizer
@@ -40,7 +41,7 @@ class Run:
     Attributes:
         causal: the model as backbone and head.
         attention: the row of `models.attention.ATTENTION` in use.
-        fit: what a micro-batch holds, and whether layers are recomputed.
+        fit: what a micro-batch holds, and what is kept of it until backward.
         installed: which decoder layers run the hand-written computation; None on a CPU, where it is not faster.
         warnings: kernels that failed their check on this card.
     """
@@ -95,23 +96,52 @@ def _free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def _fit(settings: RunSettings, causal: CausalModel, backend: SingleDevice, data: PreparedData) -> Fit:
-    """Measure what a token keeps, choose between keeping and recomputing, and switch recomputation on."""
+def _fit(
+    settings: RunSettings,
+    causal: CausalModel,
+    backend: SingleDevice,
+    data: PreparedData,
+    installed: Installed | None,
+) -> Fit:
+    """Measure what a token takes, choose what is kept of it, and make the layers do so."""
     trained = sum(p.numel() for p in causal.model.parameters() if p.requires_grad)
     optimizer_and_gradients = trained * 12  # float32 gradient and two moments
     longest = int(data.corpus.lengths.max())
     fit = fit_micro_batch(
         policy=settings.memory.policy,
+        costs=policy_costs(causal, backend.autocast(), installed),
         device=backend.device.type,
         free_bytes=_free_bytes(backend.device) - optimizer_and_gradients,
-        kept_per_token=saved_bytes_per_token(causal, backend.autocast()),
-        input_per_token=causal.config.hidden_size * 4,
-        layers=causal.config.num_hidden_layers,
+        free_host_bytes=psutil.virtual_memory().available,
         row_tokens=settings.train.sequence_length if settings.train.packing else longest,
     )
-    if fit.recompute:
+    if not POLICIES[fit.policy].keep:  # also for stock layers, of which a fused model may have some
         causal.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if installed is not None:
+        installed.set_policy(fit.policy)
     return fit
+
+
+def _check_policy(settings: RunSettings, device: torch.device, installed: Installed | None) -> None:
+    """Refuse a policy that only fused layers have where none can be or is fused.
+
+    Raises:
+        UserError: with what is in the way.
+    """
+    policy = settings.memory.policy
+    if policy in ("auto", *STOCK_POLICIES):
+        return
+    if device.type != "cuda":
+        raise UserError(
+            f"memory.policy: {policy} needs fused layers on a GPU, and this run is on a CPU.",
+            hint="Use auto, keep or recompute.",
+        )
+    if installed is not None and not installed.fused:
+        reason = installed.stock[0][1] if installed.stock else "it has no decoder layers"
+        raise UserError(
+            f"memory.policy: {policy} needs fused layers, and none of this model is fused: {reason}.",
+            hint="Use auto, keep or recompute.",
+        )
 
 
 _FIXED = {
@@ -227,6 +257,7 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         exact_cuda_algorithms()
     device = choose_device()
+    _check_policy(settings, device, None)
     attention = choose_attention(settings.model.attention, device, choose_dtype(settings.model.dtype, device))
     torch.manual_seed(train.seed)
     tokenizer = load_tokenizer(
@@ -240,12 +271,13 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
     causal, backend = _model_and_backend(settings, device)
     _check_vocabulary(tokenizer, data, causal)
     installed, warnings = _fuse(settings, causal, device)
+    _check_policy(settings, device, installed)
     store = CheckpointStore(run_dir / "checkpoints", keep=settings.output.keep)
     _check_space(settings, store, causal, total_steps)
     with packed_attention(causal.base, attention):
         with backend.autocast():
             check_packing(causal)
-        fit = _fit(settings, causal, backend, data)
+        fit = _fit(settings, causal, backend, data, installed)
     trainer = Trainer(
         backend=backend,
         loss=ObjectiveLoss(causal, OBJECTIVES[settings.objective.kind]),

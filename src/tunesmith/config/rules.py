@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from tunesmith.planning.fit import STOCK_POLICIES
 from tunesmith.settings.run import ParallelSettings, RunSettings
 
 Broken = tuple[tuple[str | int, ...], str, str]
@@ -55,6 +56,16 @@ RULES: tuple[Rule, ...] = (
         ),
         "train.micro_batch is larger than train.global_batch",
         "a micro-batch is a part of the global batch: lower it, or leave it at auto",
+    ),
+    Rule(
+        ("memory", "policy"),
+        lambda s: (
+            s.memory.policy not in ("auto", *STOCK_POLICIES)
+            and s.adapter.kind == "none"
+            and not s.model.freeze
+        ),
+        "this memory.policy beside adapter.kind: none",
+        "it needs fused layers, and layers whose own weights are trained are not fused: use auto, keep or recompute",
     ),
 )
 

@@ -82,6 +82,15 @@ def data_lines(run: Run) -> list[str]:
     return lines
 
 
+_KEPT = {
+    "keep": "activations kept",
+    "recompute_gate_up": "gate and up recomputed in backward",
+    "offload_attention": "activations in host memory, gate and up recomputed in backward",
+    "recompute": "layers recomputed in backward",
+    "offload": "layer inputs in host memory, layers recomputed in backward",
+}
+
+
 def _plan_lines(run: Run) -> list[str]:
     settings, corpus = run.settings, run.data.corpus
     lengths_N = corpus.lengths[run.data.train_N]
@@ -94,7 +103,6 @@ def _plan_lines(run: Run) -> list[str]:
     else:
         count = len(lengths_N)
     batch = settings.train.global_batch
-    kept = "layers recomputed in backward" if run.fit.recompute else "activations kept"
     grouping = run.trainer.grouping
     micro = (
         f"{grouping.rows_per_batch} rows"
@@ -105,7 +113,7 @@ def _plan_lines(run: Run) -> list[str]:
         f"{len(lengths_N):,} rows, {int(lengths_N.sum()):,} tokens → {count:,} {unit}; "
         f"{len(run.data.held_out_N):,} rows held out",
         f"{run.trainer.cadence.total_steps:,} steps of {batch}{' rows' if isinstance(batch, int) else ''}; "
-        f"micro-batches of {micro}, {kept}; {run.attention} attention",
+        f"micro-batches of {micro}, {_KEPT[run.fit.policy]}; {run.attention} attention",
     ]
 
 

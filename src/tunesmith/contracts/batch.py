@@ -10,7 +10,7 @@ Shape suffixes: T tokens of the row, D documents, S supervised tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class TokenBatch:
         rows_D: id of the data row behind each document, as host integers; for reports.
         columns: further columns per document (D) such as pair or label.
         token_columns: further columns per supervised token (S) such as a reference log-probability.
+        longest: a bound on the lengths that stands for them where something is built for many batches.
     """
 
     ids_T: Tensor
@@ -45,6 +46,7 @@ class TokenBatch:
     rows_D: tuple[int, ...]
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     token_columns: Mapping[str, Tensor] = field(default_factory=dict)
+    longest: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -58,8 +60,17 @@ class TokenBatch:
 
     @property
     def max_seqlen(self) -> int:
-        """Length of the longest document in tokens, a host integer."""
-        return max(self.lengths)
+        """Length of the longest document in tokens, or the bound that stands for it; a host integer."""
+        return self.longest if self.longest is not None else max(self.lengths)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the batch in a fixed order."""
+        found = [getattr(self, entry.name) for entry in fields(self)]
+        return [
+            *(value for value in found if isinstance(value, Tensor)),
+            *self.columns.values(),
+            *self.token_columns.values(),
+        ]
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch with every tensor on `device`; host integers stay where they are."""

@@ -18,8 +18,8 @@ class Loss(Protocol):
         """Denominator that a batch contributes, computed on the CPU."""
         ...
 
-    def __call__(self, batch: TokenBatch, total: float) -> Tensor:
-        """Scalar loss of a batch on the device, divided by the step's denominator `total`."""
+    def __call__(self, batch: TokenBatch, total: float | Tensor) -> Tensor:
+        """Scalar loss of a batch on the device, divided by the step's denominator `total`, a number or a scalar."""
         ...
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from tunesmith.contracts.batch import TokenBatch
 from tunesmith.distributed.backend import Gradients, Loss, Update
+from tunesmith.distributed.graphs import MicroBatchGraphs
 
 
 class SingleDevice:
@@ -25,6 +27,7 @@ class SingleDevice:
         optimizer: holds exactly those parameters.
         device: where the micro-batches are moved.
         compute_dtype: autocast runs in it where parameters are held wider; float16 brings the loss scale.
+        graphs: record CUDA graphs of the micro-batches (`distributed.graphs`); not with a loss scale.
     """
 
     def __init__(
@@ -33,12 +36,16 @@ class SingleDevice:
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         compute_dtype: torch.dtype,
+        *,
+        graphs: bool = False,
     ) -> None:
         self.module = module
         self.optimizer = optimizer
         self.device = device
         self.autocast_dtype = compute_dtype if compute_dtype in (torch.bfloat16, torch.float16) else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
+        self.use_graphs = graphs and not self.scaler.is_enabled()
+        self._graphs: tuple[Loss, MicroBatchGraphs] | None = None
 
     def autocast(self) -> torch.autocast:
         """The context in which forward passes run."""
@@ -50,13 +57,36 @@ class SingleDevice:
         """Accumulate gradients over CPU micro-batches; the denominator is counted before the first forward."""
         total = math.fsum(loss.count(batch) for batch in micro_batches)
         assert total > 0, "rows without supervised tokens are dropped when data is prepared"
-        losses = []
-        for batch in micro_batches:
-            with self.autocast():
-                value = loss(batch.to(self.device), total)
-            self.scaler.scale(value).backward()
-            losses.append(value.detach())
+        run = self._graphs_of(loss).forward_backward if self.use_graphs else partial(self._run, loss)
+        losses = [run(batch, total) for batch in micro_batches]
         return Gradients(tuple(losses), total)
+
+    def _run(self, loss: Loss, batch: TokenBatch, total: float) -> Tensor:
+        with self.autocast():
+            value = loss(batch.to(self.device), total)
+        self.scaler.scale(value).backward()
+        return value.detach()
+
+    def _graphs_of(self, loss: Loss) -> MicroBatchGraphs:
+        """The graphs of this loss; another loss starts anew."""
+        if self._graphs is None or self._graphs[0] is not loss:
+
+            def run(batch: TokenBatch, total: Tensor) -> Tensor:
+                # what autocast has cast once would be missing from the graph
+                with torch.autocast(
+                    self.device.type,
+                    dtype=self.autocast_dtype,
+                    enabled=self.autocast_dtype is not None,
+                    cache_enabled=False,
+                ):
+                    return loss(batch, total)
+
+            self._graphs = (loss, MicroBatchGraphs(self._parameters(), self.device, run))
+        return self._graphs[1]
+
+    def _zero_grad(self) -> None:
+        if self._graphs is None or not self._graphs[1].zero_grad():
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
@@ -68,14 +98,11 @@ class SingleDevice:
         itself is told on the device whether all is finite.
         """
         self.scaler.unscale_(self.optimizer)
-        parameters = self._parameters()
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if max_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        norm = self._clip(max_norm)
         values = torch.stack([norm.double(), *(loss.double() for loss in gradients.losses)])
         scale = self.scaler.get_scale()
         self._step(values)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         grad_norm, *losses = values.tolist()
         losses_finite = all(map(math.isfinite, losses))
         # a scale below 1 has made room enough: what still overflows is not finite by itself
@@ -87,6 +114,18 @@ class SingleDevice:
             loss_scale=scale,
             overflowed=overflowed,
         )
+
+    def _clip(self, max_norm: float | None) -> Tensor:
+        """Clip the gradients, or have the optimizer clip them within its step; returns the norm before."""
+        clip_in_step = getattr(self.optimizer, "clip_in_step", None)
+        if clip_in_step is not None:
+            measured: Tensor = clip_in_step(max_norm)
+            return measured
+        parameters = self._parameters()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if max_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
 
     def _step(self, values: Tensor) -> None:
         """Step the optimizer if every one of `values` is finite."""

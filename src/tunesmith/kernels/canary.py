@@ -26,9 +26,9 @@ from tunesmith.kernels.attention import (
     Heads,
     attention_backward,
     attention_forward,
-    cudnn_frontend,
 )
 from tunesmith.kernels.attention import switched_off as attention_off
+from tunesmith.kernels.attention_cudnn import cudnn_frontend
 from tunesmith.kernels.catalog import CATALOG, Size
 from tunesmith.kernels.measure import error, errors
 
@@ -62,6 +62,7 @@ class ModelShape:
 _SIZES: dict[str, Callable[[ModelShape], Size | None]] = {
     "rms_norm": lambda m: {"tokens": TOKENS, "width": m.width},
     "rms_norm_backward": lambda m: {"tokens": TOKENS, "width": m.width, "add": True, "recompute": True},
+    "add_residual_": lambda m: {"tokens": TOKENS, "columns": m.width, "rank": m.rank},
     "rope_qkv_": lambda m: {
         "tokens": TOKENS,
         "heads": m.heads.query,
@@ -74,6 +75,8 @@ _SIZES: dict[str, Callable[[ModelShape], Size | None]] = {
     "dequantize_nf4": lambda m: {"rows": TOKENS, "columns": m.width, "nested": True} if m.nf4 else None,
     "softmax_gradient_": lambda m: {"rows": 32, "vocabulary": m.vocabulary},
     "logprob_": lambda m: {"rows": 32, "vocabulary": m.vocabulary},
+    # adapters are float32 whatever the compute type is, hence both
+    "adamw_": lambda m: {"tensors": 4, "elements": m.width * max(1, m.rank), "mixed": True, "max_norm": 1.0},
 }
 """Size at which a row of the catalog is checked for a model; None where the model does not use it."""
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.kernels.adamw import adamw_, adamw_reference_
 from tunesmith.kernels.cross_entropy import (
     logprob_,
     logprob_reference_,
@@ -25,6 +26,7 @@ from tunesmith.kernels.cross_entropy import (
 from tunesmith.kernels.glu import glu, glu_backward_, glu_backward_reference_, glu_reference
 from tunesmith.kernels.launch import accumulation_dtype
 from tunesmith.kernels.nf4 import NF4_CODE, dequantize_nf4, dequantize_nf4_reference
+from tunesmith.kernels.residual import add_residual_, add_residual_reference_
 from tunesmith.kernels.rms_norm import (
     rms_norm,
     rms_norm_backward,
@@ -135,6 +137,25 @@ def _rms_norm_backward_cost(size: Size, itemsize: int) -> Cost:
     elements = size["tokens"] * size["width"]
     passes = 3 + bool(size.get("add")) + bool(size.get("recompute"))
     return Cost(passes * elements * itemsize, (8 + 2 * bool(size.get("weight_grad"))) * elements)
+
+
+# ---------------------------------------------------------------------- residual stream
+
+
+def _residual_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
+    tokens, columns, rank, pad = size["tokens"], size["columns"], size.get("rank", 0), size.get("pad", 0)
+    return {
+        "y_TN": _normal((tokens, columns), dtype, device, pad),
+        "residual_TN": _normal((tokens, columns), dtype, device),
+        "u_TR": _normal((tokens, rank), dtype, device, pad) if rank else None,
+        "b_NR": _normal((columns, rank), dtype, device) if rank else None,
+    }
+
+
+def _residual_cost(size: Size, itemsize: int) -> Cost:
+    tokens, columns, rank = size["tokens"], size["columns"], size.get("rank", 0)
+    moved = 3 * tokens * columns + rank * (tokens + columns)
+    return Cost(moved * itemsize, 2 * (rank + 1) * tokens * columns)
 
 
 # ---------------------------------------------------------------------- rotary positions
@@ -263,6 +284,36 @@ def _logprob_cost(size: Size, itemsize: int) -> Cost:
     return Cost(elements * itemsize, 3 * elements)
 
 
+# ---------------------------------------------------------------------- AdamW
+
+
+def _adamw_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Tensors of falling size, every second one in float32 at least with `mixed`."""
+    indices = range(size["tensors"])
+    other = torch.promote_types(dtype, torch.float32) if size.get("mixed") else dtype
+
+    def normal(index: int) -> Tensor:
+        elements = max(1, size["elements"] - index * size.get("less", 0))
+        return _normal((elements,), other if index % 2 else dtype, device)
+
+    return {
+        "parameters": tuple(normal(index) for index in indices),
+        "gradients": tuple(normal(index) for index in indices),
+        "exp_avgs": tuple(normal(index).mul_(0.1) for index in indices),
+        "exp_avg_sqs": tuple(normal(index).square_().add_(0.1) for index in indices),
+        "steps": tuple(torch.tensor(float(index % 3), device=device) for index in indices),
+        "groups": tuple(index % 2 for index in indices),
+        "options": ((1e-2, 0.9, 0.999, 1e-8, 0.1), (3e-3, 0.0, 0.99, 1e-6, 0.0)),
+        "max_norm": size.get("max_norm"),
+    }
+
+
+def _adamw_cost(size: Size, itemsize: int) -> Cost:
+    elements = sum(max(1, size["elements"] - i * size.get("less", 0)) for i in range(size["tensors"]))
+    # the gradient is read for the norm and for the update
+    return Cost(8 * elements * itemsize, 16 * elements)
+
+
 # ---------------------------------------------------------------------- the table
 
 _LOGITS_SMALL: tuple[Size, ...] = (
@@ -326,6 +377,26 @@ CATALOG: dict[str, KernelRow] = {
             ),
             tolerances=ROUNDED,
             cost=_rms_norm_backward_cost,
+        ),
+        KernelRow(
+            name="add_residual_",
+            op=add_residual_,
+            reference=add_residual_reference_,
+            cases=_residual_cases,
+            small=(
+                {"tokens": 5, "columns": 48},
+                {"tokens": 1, "columns": 7, "rank": 8},
+                {"tokens": 67, "columns": 100, "rank": 16, "pad": 8},
+                {"tokens": 33, "columns": 72, "rank": 80},
+            ),
+            large=(
+                {"tokens": 8192, "columns": 4096, "rank": 16},
+                {"tokens": 8192, "columns": 4096, "rank": 64},
+                {"tokens": 8192, "columns": 576, "rank": 16},
+            ),
+            tolerances=ROUNDED_TWICE,
+            cost=_residual_cost,
+            mutates=("y_TN",),
         ),
         KernelRow(
             name="rope_qkv_",
@@ -460,6 +531,26 @@ CATALOG: dict[str, KernelRow] = {
             large=_LOGITS_LARGE,
             tolerances=SOFTMAX,
             cost=_logprob_cost,
+        ),
+        KernelRow(
+            name="adamw_",
+            op=adamw_,
+            reference=adamw_reference_,
+            cases=_adamw_cases,
+            small=(
+                {"tensors": 4, "elements": 1400, "less": 509, "max_norm": 1.0},
+                {"tensors": 3, "elements": 5, "less": 2},
+                {"tensors": 2, "elements": 2048, "less": 1008, "max_norm": 1e6},
+                {"tensors": 3, "elements": 1025, "less": 512, "mixed": True, "max_norm": 0.25},
+            ),
+            large=(
+                {"tensors": 420, "elements": 11664, "max_norm": 1.0},
+                {"tensors": 420, "elements": 11664, "mixed": True, "max_norm": 1.0},
+                {"tensors": 448, "elements": 11665, "less": 3, "max_norm": 1.0},
+                {"tensors": 4, "elements": 2**26, "max_norm": 1.0},
+            ),
+            tolerances=ROUNDED,
+            cost=_adamw_cost,
         ),
     )
 }

@@ -28,11 +28,13 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from tunesmith.contracts.batch import TokenBatch
 from tunesmith.contracts.errors import UserError
+from tunesmith.kernels.packed import Documents
 
 
 def document_kwargs(batch: TokenBatch) -> dict[str, Any]:
     """The keyword arguments by which a packed row's document boundaries reach every attention layer."""
     return {
+        "packed_documents": Documents(batch.lengths, batch.cu_seqlens, batch.longest),
         "document_lengths": batch.lengths,
         "cu_seq_lens_q": batch.cu_seqlens,
         "cu_seq_lens_k": batch.cu_seqlens,
@@ -143,6 +145,7 @@ def sdpa_attention(
     outputs = [
         _one_document(q, k, v, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap)
         for q, k, v in parts
+        if q.shape[2] > 0
     ]
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return output.transpose(1, 2), None

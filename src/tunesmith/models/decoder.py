@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tunesmith.kernels.attention import attention_backward, attention_forward
 from tunesmith.kernels.glu import glu, glu_backward_
+from tunesmith.kernels.residual import add_residual_
 from tunesmith.kernels.rms_norm import rms_norm_backward
 from tunesmith.models.adapter_math import (
     adapter_a_gradient,
@@ -41,8 +42,13 @@ from tunesmith.models.offload import Handle
 from tunesmith.models.projections import Group, Operands, adapter_parameters, split_gradients
 
 
-def _project(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    return x_TK @ weight_NK.T if bias_N is None else torch.addmm(bias_N, x_TK, weight_NK.T)
+def _project(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, room: int = 0) -> Tensor:
+    """x Wᵀ (+ bias) as the first columns of rows that have `room` more."""
+    rows, columns = x_TK.shape[0], weight_NK.shape[0]
+    out_TN = x_TK.new_empty(rows, columns + room)[:, :columns]
+    if bias_N is None:
+        return torch.mm(x_TK, weight_NK.T, out=out_TN)
+    return torch.addmm(bias_N, x_TK, weight_NK.T, out=out_TN)
 
 
 def _project_onto(
@@ -53,14 +59,40 @@ def _project_onto(
     operands: Operands | None,
     u_TQ: Tensor | None,
 ) -> Tensor:
-    """residual + x Wᵀ (+ bias) + u Bᵀ; the residual is the GEMM's own addend, so no pass is spent on adding it."""
-    out_TD = torch.addmm(residual_TD, x_TK, weight_NK.T)
-    bias = group.bias(out_TD.dtype)
-    if bias is not None:
-        out_TD += bias
-    if operands is not None and u_TQ is not None:
-        out_TD.addmm_(u_TQ, operands.b_NR.T)
-    return out_TD
+    """residual + x Wᵀ (+ bias) + u Bᵀ."""
+    out_TD = _project(x_TK, weight_NK, group.bias(x_TK.dtype))
+    b_NR = None if operands is None else operands.b_NR
+    return add_residual_(out_TD, residual_TD, u_TR=u_TQ, b_NR=b_NR)
+
+
+def _input_gradient(
+    weights: Weights,
+    name: str,
+    group: Group,
+    operands: Operands | None,
+    grad_TN: Tensor,
+    grad_u_TQ: Tensor | None,
+) -> Tensor:
+    """∂y W, and + ∂u A unless dropout stands between.
+
+    Where the rows of ∂y have room for ∂u and the weight has room for A, one GEMM of [∂y | ∂u] and [W; A] gives both,
+    in one sum and without a pass over the result.
+    """
+    if operands is None or grad_u_TQ is None or group.dropout > 0.0:
+        return grad_TN @ weights.take(name)
+    ranks = operands.a_QK.shape[0]
+    tokens, columns = grad_TN.shape
+    whole = grad_TN.stride(0) == columns + ranks == columns + group.foldable
+    if whole:
+        stacked = weights.take_over(name, operands.a_QK)
+        if stacked.shape[0] > columns:
+            wide_TN = grad_TN.as_strided((tokens, columns + ranks), grad_TN.stride())
+            wide_TN[:, columns:] = grad_u_TQ
+            return wide_TN @ stacked
+        grad_x_TK = grad_TN @ stacked
+    else:
+        grad_x_TK = grad_TN @ weights.take(name)
+    return grad_x_TK.addmm_(grad_u_TQ, operands.a_QK)
 
 
 # ---------------------------------------------------------------------- forward, in two halves
@@ -102,7 +134,7 @@ def _gate_up(
     if operands.gate_up is not None and "u_gate_up" not in small:
         small["u_gate_up"] = adapter_input(normed_TD, groups.gate_up, operands.gate_up, call.seeds[2])
     weight = weights.get("gate_up")
-    return _project(normed_TD, weight, groups.gate_up.bias(middle_TD.dtype))
+    return _project(normed_TD, weight, groups.gate_up.bias(middle_TD.dtype), groups.gate_up.foldable)
 
 
 def _activation_arguments(call: LayerCall, stash: Stash, operands: AllOperands) -> dict[str, Any]:
@@ -146,18 +178,16 @@ def _through_norm(
     operands: Operands | None,
     grad_u_TQ: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """∂h through a norm and the group that reads its rows, and that group's ∂A.
+    """∂h through a norm, and ∂A of the group that reads its rows.
 
-    `grad_normed_TD` is what came through the base weights; the adapters' part is added to it here. The normed
-    rows that ∂A needs come out of the norm's own backward kernel.
+    The adapters' part of `grad_normed_TD` is added here where they have dropout. The normed rows that ∂A needs come
+    out of the norm's own backward kernel.
     """
     shape = call.shape
     normed_TD = grad_a = None
     if operands is not None:
         assert grad_u_TQ is not None
-        if group.dropout == 0.0:
-            grad_normed_TD.addmm_(grad_u_TQ, operands.a_QK)
-        else:
+        if group.dropout > 0.0:
             normed_TD, _ = call.norm(number, hidden_TD)
             grad_a = input_gradients(
                 grad_normed_TD, normed_TD, group, operands, grad_u_TQ, call.seeds[2 * number]
@@ -200,7 +230,9 @@ def _mlp_backward(
         grad_u_gate_up, grad_b = output_gradients(
             grad_gate_up_TN, groups.gate_up, operands.gate_up, small["u_gate_up"], grad_u_TQ=grad_u_gate_up
         )
-    grad_normed_TD = grad_gate_up_TN @ weights.take("gate_up")
+    grad_normed_TD = _input_gradient(
+        weights, "gate_up", groups.gate_up, operands.gate_up, grad_gate_up_TN, grad_u_gate_up
+    )
     del grad_gate_up_TN
     grad_middle_TD, grad_a_gate_up = _through_norm(
         call,
@@ -238,13 +270,14 @@ def _attention_backward(
         large[f"attention.{n}"] for n in range(sum(name.startswith("attention.") for name in large))
     )
     grad_qkv_TN = attention_backward(
-        grad_output_TN, qkv_TN, output_TN, saved, stash.backend, call.shape.heads, call.documents
-    )
+        grad_output_TN, qkv_TN, output_TN, saved, stash.backend, call.shape.heads, call.documents,
+        room=groups.qkv.foldable,
+    )  # fmt: skip
     call.rope_(grad_qkv_TN, inverse=True)
     grad_u_qkv = grad_b_qkv = None
     if operands.qkv is not None:
         grad_u_qkv, grad_b_qkv = output_gradients(grad_qkv_TN, groups.qkv, operands.qkv, small["u_qkv"])
-    grad_normed_TD = grad_qkv_TN @ weights.take("qkv")
+    grad_normed_TD = _input_gradient(weights, "qkv", groups.qkv, operands.qkv, grad_qkv_TN, grad_u_qkv)
     grad_hidden_TD, grad_a_qkv = _through_norm(
         call, 0, grad_normed_TD, hidden_TD, small["rstd0"], grad_TD, groups.qkv, operands.qkv, grad_u_qkv
     )

@@ -8,6 +8,7 @@ not, and takes over `gradient_checkpointing_enable`, whose stock form would wrap
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,13 @@ from tunesmith.models.decoder import dropout_seeds, run_layer
 from tunesmith.models.layer_call import Groups, LayerCall, LayerShape
 from tunesmith.models.offload import Offloader
 from tunesmith.models.policy import POLICIES, Policy
-from tunesmith.models.projections import Group, NotFusableError, join_weights, read_projection
+from tunesmith.models.projections import (
+    Group,
+    NotFusableError,
+    join_weights,
+    read_projection,
+    weight_shape,
+)
 from tunesmith.planning.architectures import Architecture, find_architecture
 
 
@@ -61,6 +68,21 @@ class Installed:
         reasons = Counter(reason for _, reason in self.stock)
         rows += [(f"{count} decoder layers", "stock", reason) for reason, count in reasons.items()]
         return rows
+
+    def recordable(self) -> str | None:
+        """Why a forward and backward pass cannot be recorded once and replayed, or None where it can."""
+        if self.stock or not self.fused:
+            return "not every decoder layer is fused"
+        if self.policy.offload:
+            return f"{self.policy.name} moves activations to the host"
+        if any(module.p > 0.0 for module in self.model.modules() if isinstance(module, nn.Dropout)):
+            return "dropout draws its seeds on the host"
+        return None
+
+    def layer_parameters(self) -> float:
+        """Weights of one fused layer on average, those in 4 bits counted one by one."""
+        total = sum(math.prod(weight_shape(base)) for layer in self.layers for base in _linear_bases(layer))
+        return total / max(1, len(self.layers))
 
     def undo(self) -> None:
         """Give every layer its stock computation back."""
@@ -140,12 +162,21 @@ class _FusedForward:
         return out_BTD
 
 
+def _linear_bases(layer: nn.Module) -> list[Any]:
+    """The linear layers of a decoder layer without their adapters."""
+    wrapped = [module.base_layer for module in layer.modules() if hasattr(module, "base_layer")]
+    return wrapped or [module for module in layer.modules() if isinstance(module, nn.Linear)]
+
+
 def _rows(table_BTK: Tensor, batch: int, tokens: int) -> Tensor:
     """Cosines or sines as `[batch · tokens, K]`."""
     return table_BTK.expand(batch, tokens, -1).reshape(batch * tokens, -1)
 
 
 def _documents(kwargs: dict[str, Any], batch: int, tokens: int, device: torch.device) -> Documents:
+    packed: Documents | None = kwargs.get("packed_documents")
+    if packed is not None:
+        return packed
     lengths = kwargs.get("document_lengths")
     if lengths is not None:
         return Documents(tuple(lengths), kwargs["cu_seq_lens_q"])

@@ -127,19 +127,31 @@ class Weights:
 
     def get(self, name: str) -> Tensor:
         """The weight `[N, K]` of a group for a forward product."""
-        weight = self._read(name)
+        group, weight = self._read(name)
         if self._again:
             self._held[name] = weight
-        return weight
+        return weight[: group.columns]
 
     def take(self, name: str) -> Tensor:
         """The same for the gradient, its last use: dropped when the caller lets go of it."""
-        held = self._held.pop(name, None)
-        return held if held is not None else self._read(name)
+        group, weight = self._last(name)
+        return weight[: group.columns]
 
-    def _read(self, name: str) -> Tensor:
+    def take_over(self, name: str, a_QK: Tensor) -> Tensor:
+        """The same with the adapters' A below it, `[N + Q, K]`; without them where there is no room for them."""
+        group, weight = self._last(name)
+        if weight.shape[0] == group.columns + a_QK.shape[0]:
+            weight[group.columns :] = a_QK
+            return weight
+        return weight[: group.columns]
+
+    def _last(self, name: str) -> tuple[Group, Tensor]:
+        held = self._held.pop(name, None)
+        return self._read(name) if held is None else (getattr(self._groups, name), held)
+
+    def _read(self, name: str) -> tuple[Group, Tensor]:
         group: Group = getattr(self._groups, name)
-        return group.weight(self._dtype)
+        return group, group.weight(self._dtype, group.foldable if self._again else 0)
 
 
 @dataclass(frozen=True, slots=True)

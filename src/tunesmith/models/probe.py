@@ -1,7 +1,8 @@
 """How many bytes a token of this model keeps between forward and backward: measured, not guessed.
 
 One forward pass over a short row, with autograd's own hooks counting what it saves. The count is exact for
-everything that grows with the number of tokens, on every architecture, and takes a fraction of a second.
+everything that grows with the number of tokens, on every architecture, and takes a fraction of a second. Fused layers
+are counted once under each policy; what a backward pass needs for a moment beside it is worked out from the counts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from torch import Tensor
 
 from tunesmith.contracts.batch import TokenBatch
 from tunesmith.models.head import CausalModel
+from tunesmith.models.install import Installed
+from tunesmith.models.offload import IN_FLIGHT, Offloader
+from tunesmith.models.policy import POLICIES
+from tunesmith.planning.fit import PolicyCost, layer_costs
 
 PROBE_TOKENS = 64
 
@@ -61,3 +66,48 @@ def saved_bytes_per_token(causal: CausalModel, autocast: torch.autocast) -> floa
     if not hidden_TD.requires_grad:  # only the head is trained
         return 0.0
     return sum(held.values()) / PROBE_TOKENS
+
+
+def policy_costs(
+    causal: CausalModel, autocast: torch.autocast, installed: Installed | None = None
+) -> tuple[PolicyCost, ...]:
+    """What a token takes under every policy that this model has, fastest first; nothing is moved to the host yet.
+
+    Args:
+        installed: the fused layers; without any, these are the two policies of stock layers.
+    """
+    if installed is None or not installed.fused:
+        return layer_costs(
+            kept_per_token=saved_bytes_per_token(causal, autocast),
+            input_per_token=causal.config.hidden_size * 4,
+            layers=causal.config.num_hidden_layers,
+        )
+    fused = len(installed.fused)
+    saved = _saved_under_each(causal, autocast, installed)
+    costs = []
+    for policy in POLICIES.values():
+        # what the same policy holds without moving it, of which the rest is on the host
+        held = next(saved[p.name] for p in POLICIES.values() if p.keep == policy.keep and not p.offload)
+        moved = held - saved[policy.name]
+        # in backward one layer is whole again; of what travels, the layers under way are on the device as well
+        again = (saved["keep"] - held) / fused
+        under_way = moved * min(IN_FLIGHT + 1, fused) / fused
+        costs.append(PolicyCost(policy.name, saved[policy.name] + again + under_way, moved))
+    return tuple(costs)
+
+
+def _saved_under_each(
+    causal: CausalModel, autocast: torch.autocast, installed: Installed
+) -> dict[str, float]:
+    """Bytes that autograd keeps per token under each policy; what would be moved is not among them."""
+    before, offloader = installed.policy.name, installed.offloader
+    installed.offloader = Offloader(enabled=False)  # pinned memory for 64 tokens would serve nothing else
+    try:
+        saved = {}
+        for name in POLICIES:
+            installed.set_policy(name)
+            saved[name] = saved_bytes_per_token(causal, autocast)
+    finally:
+        installed.offloader = offloader
+        installed.set_policy(before)
+    return saved

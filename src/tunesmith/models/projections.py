@@ -160,14 +160,25 @@ class Group:
         """The largest dropout rate among the adapters."""
         return max((a.dropout for p in self.projections for a in p.adapters), default=0.0)
 
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """The group's weight `[N, K]` in `dtype`: a view where it lies in one piece already, else a new buffer."""
+    @property
+    def foldable(self) -> int:
+        """Columns of all adapters side by side (P·R) where the gradient's GEMM can take them along, else 0."""
+        ranks = len(self.projections) * self.rank
+        # rows of a GEMM operand begin at multiples of 16 bytes
+        return ranks if ranks % 8 == 0 and self.dropout == 0.0 else 0
+
+    def weight(self, dtype: torch.dtype, room: int = 0) -> Tensor:
+        """The group's weight `[N, K]` in `dtype`, a view where it lies in one piece already, else a new buffer.
+
+        Args:
+            room: rows of undefined content below it: the result is `[N + room, K]`, or `[N, K]` where it has none.
+        """
         bases = [projection.base for projection in self.projections]
-        whole = _adjacent([base.weight for base in bases], dtype)
+        whole = _adjacent([base.weight for base in bases], dtype, room)
         if whole is not None:
             return whole
-        out_NK = torch.empty(self.columns, self.inputs, dtype=dtype, device=bases[0].weight.device)
-        for base, rows_NK in zip(bases, out_NK.split(self.widths), strict=True):
+        out_NK = torch.empty(self.columns + room, self.inputs, dtype=dtype, device=bases[0].weight.device)
+        for base, rows_NK in zip(bases, out_NK[: self.columns].split(self.widths), strict=True):
             write_weight(base, rows_NK)
         return out_NK
 
@@ -183,7 +194,12 @@ class Group:
         ])  # fmt: skip
 
 
-def _adjacent(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+SPARE_ROWS = 96
+"""Rows that `join_weights` leaves free below a group's weights, for adapters up to rank 32 of q, k and v."""
+_SPARE = "tunesmith_spare_rows"
+
+
+def _adjacent(weights: Sequence[Tensor], dtype: torch.dtype, room: int = 0) -> Tensor | None:
     """One view over weights whose rows follow each other in memory, as `join_weights` lays them."""
     first = weights[0]
     if first.dtype != dtype or first.ndim != 2 or not first.is_contiguous():
@@ -198,6 +214,8 @@ def _adjacent(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
             return None
         at += weight.numel() * weight.element_size()
     rows = sum(weight.shape[0] for weight in weights)
+    if room <= getattr(weights[-1], _SPARE, 0):
+        rows += room
     return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
 
 
@@ -216,9 +234,11 @@ def join_weights(bases: Sequence[Any]) -> None:
     )
     if not plain or _adjacent(weights, weights[0].dtype) is not None:
         return
-    joined = torch.cat([weight.detach() for weight in weights])
-    for weight, rows in zip(weights, joined.split([w.shape[0] for w in weights]), strict=True):
-        weight.data = rows
+    counts = [weight.shape[0] for weight in weights]
+    joined = weights[0].new_empty(sum(counts) + SPARE_ROWS, weights[0].shape[1])
+    for weight, rows in zip(weights, joined.split([*counts, SPARE_ROWS]), strict=False):
+        weight.data = rows.copy_(weight)
+    setattr(weights[-1], _SPARE, SPARE_ROWS)
 
 
 @dataclass(frozen=True, slots=True)

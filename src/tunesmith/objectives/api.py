@@ -42,4 +42,4 @@ class Objective:
     name: str
     unit: str
     count: Callable[[TokenBatch], float]
-    loss: Callable[[Scorer, TokenBatch, float], Tensor]
+    loss: Callable[[Scorer, TokenBatch, float | Tensor], Tensor]

@@ -15,7 +15,7 @@ def _count(batch: TokenBatch) -> float:
     return float(batch.weights_S.double().sum())
 
 
-def _loss(scorer: Scorer, batch: TokenBatch, total: float) -> Tensor:
+def _loss(scorer: Scorer, batch: TokenBatch, total: float | Tensor) -> Tensor:
     return scorer.cross_entropy(batch.weights_S / total)
 
 

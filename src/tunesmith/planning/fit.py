@@ -1,11 +1,12 @@
 """How many tokens a micro-batch may hold, and whether layers are recomputed in backward. Torch-free.
 
-The caller measures what one token keeps; this decides. Keeping is fastest, so it is chosen as long as one row
-fits; more than a card needs to be busy gains nothing, so the size is capped.
+The caller measures what one token takes under each policy; this decides. The fastest policy under which one row fits
+is chosen; more than a card needs to be busy gains nothing, so the size of a micro-batch is capped.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 BUSY_TOKENS = {"cuda": 16_384, "cpu": 1_024}
@@ -15,47 +16,87 @@ USABLE = 0.8
 """Share of the free memory that activations may take; the rest is for gradients, the head's chunk and the
 allocator's fragmentation."""
 
+USABLE_HOST = 0.5
+"""Share of the free host memory that may be pinned: the system cannot swap it, and data and files need the rest."""
+
+STOCK_POLICIES = ("keep", "recompute")
+"""The policies that every decoder layer has, fastest first; the others are the fused layer's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyCost:
+    """What a token takes under one policy.
+
+    Attributes:
+        name: of the policy.
+        device_bytes: on the device, over all layers, at the moment of a backward pass at which it is most.
+        host_bytes: in pinned host memory.
+    """
+
+    name: str
+    device_bytes: float
+    host_bytes: float = 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Fit:
     """What a micro-batch may hold.
 
     Attributes:
-        recompute: recompute each layer in backward instead of keeping its activations.
+        policy: what is kept between forward and backward.
         tokens: tokens of a micro-batch (at least one row is always taken).
-        bytes_per_token: what a token keeps under this choice.
+        bytes_per_token: what a token takes on the device under this policy.
     """
 
-    recompute: bool
+    policy: str
     tokens: int
     bytes_per_token: float
+
+
+def layer_costs(*, kept_per_token: float, input_per_token: float, layers: int) -> tuple[PolicyCost, ...]:
+    """Costs of stock layers, from what they keep when nothing is recomputed.
+
+    Args:
+        kept_per_token: bytes of a token over all layers.
+        input_per_token: bytes of one layer's input, all that is left of a layer that is recomputed.
+        layers: number of layers; one at a time is whole while it is recomputed.
+    """
+    recomputed = input_per_token * layers + kept_per_token / layers
+    return PolicyCost("keep", kept_per_token), PolicyCost("recompute", recomputed)
 
 
 def fit_micro_batch(
     *,
     policy: str,
+    costs: Sequence[PolicyCost],
     device: str,
     free_bytes: int,
-    kept_per_token: float,
-    input_per_token: float,
-    layers: int,
+    free_host_bytes: int,
     row_tokens: int,
 ) -> Fit:
-    """Choose between keeping and recomputing, and the size of a micro-batch.
+    """Choose the policy, where it is `auto`, and the size of a micro-batch.
+
+    `auto` is the first of `costs` under which a row fits, else the one that takes the least of the device among
+    those that the host has memory for.
 
     Args:
-        policy: `keep`, `recompute`, or `auto`.
+        policy: the name of one of `costs`, or `auto`.
+        costs: fastest first; the first needs no host memory.
         device: `cuda` or `cpu`.
         free_bytes: memory of the device that is free once weights, gradients and optimizer are counted.
-        kept_per_token: bytes one token keeps when nothing is recomputed.
-        input_per_token: bytes of one layer's input per token, kept per layer when layers are recomputed.
-        layers: number of layers.
+        free_host_bytes: memory of the host that is free.
         row_tokens: tokens of the longest row.
     """
-    usable = USABLE * max(free_bytes, 0)
-    recomputed_per_token = input_per_token * layers + kept_per_token / layers
-    too_much = kept_per_token * row_tokens > usable and recomputed_per_token < kept_per_token
-    recompute = policy == "recompute" or (policy == "auto" and too_much)
-    per_token = recomputed_per_token if recompute else kept_per_token
-    tokens = min(BUSY_TOKENS[device], int(usable / per_token)) if per_token else BUSY_TOKENS[device]
-    return Fit(recompute=recompute, tokens=max(tokens, 1), bytes_per_token=per_token)
+    usable, usable_host = USABLE * max(free_bytes, 0), USABLE_HOST * max(free_host_bytes, 0)
+    if policy == "auto":
+        possible = [cost for cost in costs if cost.host_bytes * row_tokens <= usable_host]
+        fitting = (cost for cost in possible if cost.device_bytes * row_tokens <= usable)
+        chosen = next(fitting, min(possible, key=lambda cost: cost.device_bytes))
+    else:
+        chosen = next(cost for cost in costs if cost.name == policy)
+    tokens = BUSY_TOKENS[device]
+    if chosen.device_bytes:
+        tokens = min(tokens, int(usable / chosen.device_bytes))
+    if chosen.host_bytes:
+        tokens = min(tokens, int(usable_host / chosen.host_bytes))
+    return Fit(policy=chosen.name, tokens=max(tokens, 1), bytes_per_token=chosen.device_bytes)

@@ -74,11 +74,17 @@ class TrainSettings(Section):
     """Use deterministic CUDA algorithms only, so that runs repeat bit for bit; slower. CPU runs always do."""
 
 
+PolicyName = Literal["auto", "keep", "recompute_gate_up", "offload_attention", "recompute", "offload"]
+
+
 class MemorySettings(Section):
     """What is kept between forward and backward."""
 
-    policy: Literal["auto", "keep", "recompute"] = "auto"
-    """`keep` every activation, `recompute` each layer in backward, or `auto`: keep what fits."""
+    policy: PolicyName = "auto"
+    """What is held, fastest first: `keep`: every activation; `recompute_gate_up`: all but gate and up, which are
+    computed again; `offload_attention`: the same, in host memory; `recompute`: each layer's input, and the layer runs
+    again; `offload`: the same, in host memory. `auto`: the first of them under which a row fits. All but `keep` and
+    `recompute` need a GPU and fused layers."""
 
 
 class ParallelSettings(Section):

@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunesmith.training.fused_adamw import FusedAdamW, fits
+
 Factory = Callable[[list[dict[str, Any]], float, tuple[float, float]], torch.optim.Optimizer]
 
 
 def _adamw(groups: list[dict[str, Any]], rate: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    if fits(parameter for group in groups for parameter in group["params"]):
+        return FusedAdamW(groups, lr=rate, betas=betas)
     return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
 
 

@@ -29,7 +29,7 @@ class ObjectiveLoss:
         """Denominator that a batch contributes, computed on the CPU."""
         return self.objective.count(batch)
 
-    def __call__(self, batch: TokenBatch, total: float) -> Tensor:
+    def __call__(self, batch: TokenBatch, total: float | Tensor) -> Tensor:
         """Scalar loss of a batch on the device, divided by the step's denominator."""
         return self.objective.loss(self.causal.score(batch), batch, total)
 

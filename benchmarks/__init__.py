@@ -1,0 +1,1 @@
+"""Measurements of speed, memory and loss; RESULTS.md holds the figures."""

@@ -1,0 +1,1 @@
+"""What `compare.py` measures, and how each system does its step; one process for each system and case."""

@@ -1,0 +1,154 @@
+"""`CASES`, the work; `SYSTEMS`, who does it; `Work`, in which both reach the process that measures. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+RANK = 16
+"""Of the adapters of all systems, on all seven projections, with alpha = rank."""
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One kind of training step.
+
+    Attributes:
+        shape: a row of `shapes.SHAPES`.
+        adapter: `lora` (16-bit weights) or `qlora` (NF4).
+        rows, length: rows · length tokens a step.
+        systems: rows of `SYSTEMS` in the order in which they run: what is compared stands side by side.
+        mean: documents of this mean length instead of equal rows.
+        supervised: share of tokens that train.
+        expected: seconds that a process is likely to take, start and loading included.
+        layers: fewer layers than the shape has, to try the driver out.
+    """
+
+    shape: str
+    adapter: str
+    rows: int
+    length: int
+    systems: tuple[str, ...]
+    mean: int | None = None
+    supervised: float = 1.0
+    steps: int = 8
+    warm: int = 3
+    expected: int = 80
+    layers: int | None = None
+
+    @property
+    def title(self) -> str:
+        """A line for people."""
+        what = f"{self.shape.upper()} {'QLoRA' if self.adapter == 'qlora' else 'LoRA'}"
+        size = f"{self.rows}×{self.length:,} tokens"
+        extra = [f"documents of mean length {self.mean}"] if self.mean else []
+        extra += [f"{self.supervised:.0%} of positions supervised"] if self.supervised < 1 else []
+        extra += [f"{self.layers} layers"] if self.layers else []
+        return ", ".join([what, size, *extra])
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """One way to do the step.
+
+    Attributes:
+        module: has `measure(work)`, which yields rows of results.
+        kind: `kept` holds activations for backward, `lean` recomputes or moves them; compared within a kind.
+        needs: packages without which it is left out.
+        options: what `measure` finds in `Work.options`.
+        environment: variables of its process.
+        packs: takes one packed row only, in every case.
+    """
+
+    module: str
+    kind: str
+    needs: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    packs: bool = False
+
+    def layouts(self, case: Case) -> tuple[str, ...]:
+        """The forms of a batch in which it is measured, rows of `batches.LAYOUTS`."""
+        if self.packs:
+            return ("packed",)
+        return ("packed", "padded") if case.mean else ("rows",)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one process measures; plain values, so that it travels as JSON.
+
+    Attributes:
+        config: keyword arguments of the Llama's config.
+        checkpoint: folder with its weights and a tokenizer.
+        layouts: rows of `batches.LAYOUTS`, measured one after the other.
+    """
+
+    config: dict[str, Any]
+    checkpoint: str
+    adapter: str
+    rows: int
+    length: int
+    mean: int | None
+    supervised: float
+    steps: int
+    warm: int
+    layouts: list[str]
+    options: dict[str, Any]
+
+
+def _ours(policy: str, kind: str) -> System:
+    return System("benchmarks.peers.with_tunesmith", kind, options={"policy": policy}, packs=True)
+
+
+def _transformers(kind: str, *needs: str, **options: Any) -> System:
+    return System(
+        "benchmarks.peers.with_transformers",
+        kind,
+        ("transformers", "peft", *needs),
+        options,
+        {"HF_HUB_OFFLINE": "1"},
+    )
+
+
+def _unsloth(kind: str, checkpointing: str | bool) -> System:
+    return System(
+        "benchmarks.peers.with_unsloth",
+        kind,
+        ("unsloth", "unsloth_zoo", "trl", "bitsandbytes"),
+        {"checkpointing": checkpointing},
+        {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"},
+    )
+
+
+SYSTEMS: dict[str, System] = {
+    "tunesmith-keep": _ours("keep", "kept"),
+    "tunesmith-recompute_gate_up": _ours("recompute_gate_up", "lean"),
+    "tunesmith-offload_attention": _ours("offload_attention", "lean"),
+    "tunesmith-recompute": _ours("recompute", "lean"),
+    "tunesmith-offload": _ours("offload", "lean"),
+    "stock": _transformers("kept", checkpointing=False, liger=False),
+    "stock-checkpointing": _transformers("lean", checkpointing=True, liger=False),
+    "liger": _transformers("lean", "liger_kernel", checkpointing=True, liger=True),
+    "unsloth-none": _unsloth("kept", False),
+    "unsloth": _unsloth("lean", "unsloth"),
+}
+
+_ALL = (
+    "tunesmith-keep", "unsloth-none", "stock", "tunesmith-recompute_gate_up", "unsloth",
+    "tunesmith-offload_attention", "liger", "tunesmith-recompute", "stock-checkpointing", "tunesmith-offload",
+)  # fmt: skip
+_SMALL = ("tunesmith-keep", "unsloth-none", "stock", "unsloth", "liger", "stock-checkpointing")
+_KEPT = ("tunesmith-keep", "unsloth-none", "unsloth")
+
+CASES: dict[str, Case] = {
+    "8b-qlora": Case("8b", "qlora", 2, 4096, _ALL),
+    "8b-lora": Case("8b", "lora", 2, 4096, (*_KEPT, "liger")),
+    "8b-qlora-packed": Case("8b", "qlora", 2, 4096, (*_KEPT, "liger"), mean=512, expected=100),
+    "8b-qlora-masked": Case("8b", "qlora", 2, 4096, _KEPT, supervised=0.1),
+    "135m-lora": Case("135m", "lora", 8, 512, _SMALL, steps=20, warm=5, expected=50),
+    "135m-lora-masked": Case("135m", "lora", 8, 512, _KEPT, supervised=0.1, steps=20, warm=5, expected=50),
+}

@@ -1,0 +1,94 @@
+"""Ours: a model loaded as a run loads it, its layers fused, and the step that training takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from benchmarks.batches import token_batch
+from benchmarks.loop import time_steps
+from benchmarks.peers.measure import batches_of, failure, row_of
+from benchmarks.peers.tables import RANK, Work
+from benchmarks.shapes import device_and_dtype
+from tunesmith.contracts.batch import TokenBatch
+from tunesmith.distributed.single import SingleDevice
+from tunesmith.models.adapter import add_lora
+from tunesmith.models.attention import choose_attention, packed_attention
+from tunesmith.models.head import CausalModel
+from tunesmith.models.install import Installed, install
+from tunesmith.models.loader import load_model
+from tunesmith.objectives.sft import SFT
+from tunesmith.planning.graphs import graphs_pay
+from tunesmith.training.optim import build_optimizer
+from tunesmith.training.step import ObjectiveLoss, train_step
+
+Step = Callable[[TokenBatch], float]
+
+
+@contextmanager
+def training_step(
+    model: Any,
+    policy: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    tokens: int,
+    graphs: bool | None = None,
+) -> Iterator[tuple[Step, Installed | None]]:
+    """One step of training as a function from a batch to its loss, and what was installed.
+
+    Args:
+        model: with an adapter, on `device`.
+        policy: a row of `POLICIES`, or `stock` for layers as they are.
+        tokens: of a step.
+        graphs: record CUDA graphs; None where training would.
+    """
+    causal = CausalModel(model, dtype)
+    optimizer = build_optimizer("adamw", model, learning_rate=2e-4, weight_decay=0.01, betas=(0.9, 0.999))
+    installed = None if policy == "stock" else install(model, policy=policy)
+    if graphs is None:
+        graphs = installed is not None and device.type == "cuda" and installed.recordable() is None
+        graphs = graphs and graphs_pay(tokens=tokens, layer_parameters=installed.layer_parameters())
+    backend = SingleDevice(model, optimizer, device, dtype, graphs=graphs)
+    loss = ObjectiveLoss(causal, SFT)
+    model.train()
+    with packed_attention(causal.base, choose_attention("auto", device, dtype)):
+        yield lambda batch: train_step(backend, [batch], loss, max_grad_norm=1.0).loss, installed
+
+
+def report(installed: Installed | None) -> dict[str, Any]:
+    """What to know of the installed layers beside a figure: host memory, and calls that were not fused."""
+    if installed is None:
+        return {"host_gib": 0.0, "fallbacks": {}}
+    return {
+        "host_gib": round(installed.offloader.host_bytes / 2**30, 2),
+        "fallbacks": dict(installed.fallbacks),
+        "stock_layers": len(installed.stock),
+    }
+
+
+def measure(work: Work) -> Iterator[dict[str, Any]]:
+    """The row of results."""
+    device, dtype = device_and_dtype()
+    model = load_model(
+        work.checkpoint, device=device, dtype=dtype, quantize="nf4" if work.adapter == "qlora" else "none"
+    )
+    model = add_lora(model, rank=RANK, alpha=float(RANK), dropout=0.0, targets="all-linear", seed=0)
+    documents = batches_of(work)
+    batches = [token_batch(row) for row in documents]
+    try:
+        policy, tokens = work.options["policy"], batches[0].tokens
+        with training_step(model, policy, device, dtype, tokens=tokens) as (step, installed):
+            timing = time_steps(
+                lambda number: step(batches[number % len(batches)]),
+                steps=work.steps,
+                warm=work.warm,
+                device=device,
+            )
+    except torch.OutOfMemoryError as error:
+        yield failure("packed", error)
+        return
+    yield row_of(work, documents, "packed", timing, batches[0].tokens) | report(installed)

@@ -1,0 +1,305 @@
+"""cuDNN's attention graphs on the fused buffer, through `nvidia-cudnn-frontend`: equal and ragged documents.
+
+Both read q, k and v with strides where the GEMM left them and write their gradients side by side into one buffer.
+torch's own operator for cuDNN returns three gradients instead, and joining them costs 0.1 ms a layer at 8,192
+tokens of the 8B shape. Graphs are built once for a shape; documents and lengths of the ragged form are bucketed,
+so that most rows find a graph.
+
+Shape suffixes: T tokens, N columns of the fused buffer, H query heads, G key/value heads, K head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.kernels.packed import Documents, Heads, Saved, takes_half
+
+SHORTEST_EQUAL = 64
+"""Below so many tokens a document the batch of tiny matrices is slower than one packed row."""
+
+
+@functools.cache
+def cudnn_frontend() -> Any:
+    """The module `cudnn` of nvidia-cudnn-frontend, or None where it is not installed."""
+    try:
+        import cudnn  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        return None
+    return cudnn
+
+
+@functools.cache
+def _compute_capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
+
+
+def cudnn_computes(fused_TN: Tensor, heads: Heads) -> bool:
+    """Whether cuDNN's attention takes this type and layout here, and runs need not repeat bit for bit."""
+    # its backward adds up dq in whatever order blocks finish; FlashAttention-2 has an ordered form
+    ordered = torch.are_deterministic_algorithms_enabled()
+    return takes_half(fused_TN, heads, 128) and not ordered and _compute_capability() >= (9, 0)
+
+
+# ---------------------------------------------------------------------- graphs
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What a graph depends on.
+
+    Attributes:
+        documents: their number, bucketed in the ragged form.
+        length: of each, or of the longest, bucketed.
+        heads: layout of the fused buffer.
+        stride: elements from a row of the fused buffer to the next.
+        grad_stride: the same in the buffer of its gradient.
+        dtype: bfloat16 or float16.
+        ragged: documents of any lengths, whose places are given at every call.
+    """
+
+    documents: int
+    length: int
+    heads: Heads
+    stride: int
+    grad_stride: int
+    dtype: torch.dtype
+    ragged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A built graph with its tensors by name, and the bytes of its workspace."""
+
+    graph: Any
+    tensors: dict[str, Any]
+    workspace: int
+
+
+class _Builder:
+    """Declares the tensors of a graph."""
+
+    def __init__(self, shape: _Shape) -> None:
+        kinds = cudnn_frontend().data_type
+        self.shape, self.float, self.tensors = shape, kinds.FLOAT, dict[str, Any]()
+        self.io = kinds.BFLOAT16 if shape.dtype == torch.bfloat16 else kinds.HALF
+        self.graph = cudnn_frontend().pygraph(
+            io_data_type=self.io, intermediate_data_type=kinds.FLOAT, compute_data_type=kinds.FLOAT
+        )
+        heads = shape.heads
+        out_row = heads.query * heads.size
+        # name: (heads, elements of a head, from row to row, offsets of the documents, type)
+        self._layouts = {
+            "q": (heads.query, heads.size, shape.stride, "fused_at", self.io),
+            "k": (heads.key_value, heads.size, shape.stride, "fused_at", self.io),
+            "v": (heads.key_value, heads.size, shape.stride, "fused_at", self.io),
+            "out": (heads.query, heads.size, out_row, "out_at", self.io),
+            "lse": (heads.query, 1, heads.query, "lse_at", self.float),
+        }
+        for name in ("q", "k", "v"):
+            count, size, _, _, kind = self._layouts[name]
+            self._layouts[f"d{name}"] = (count, size, shape.grad_stride, "grad_at", kind)
+        self._layouts["grad"] = self._layouts["out"]
+
+    def _vector(self, name: str, length: int, kind: Any) -> Any:
+        if name not in self.tensors:
+            self.tensors[name] = self.graph.tensor(
+                name=name, dim=[length, 1, 1, 1], stride=[1, 1, 1, 1], data_type=kind
+            )
+        return self.tensors[name]
+
+    def _place(self, name: str, tensor: Any) -> None:
+        if self.shape.ragged:
+            offsets = self._layouts[name][3]
+            int64 = cudnn_frontend().data_type.INT64
+            tensor.set_ragged_offset(self._vector(offsets, self.shape.documents + 1, int64))
+        self.tensors[name] = tensor
+
+    def _extent(self, name: str) -> tuple[list[int], list[int]]:
+        count, size, row, _, _ = self._layouts[name]
+        batch, length = self.shape.documents, self.shape.length
+        if name == "lse" and not self.shape.ragged:  # a matrix a document, as cuDNN packs it
+            return [batch, count, length, 1], [count * length, length, 1, 1]
+        return [batch, count, length, size], [length * row, size, row, 1]
+
+    def input(self, name: str) -> Any:
+        """Declare a tensor that the caller provides."""
+        dim, stride = self._extent(name)
+        tensor = self.graph.tensor(name=name, dim=dim, stride=stride, data_type=self._layouts[name][4])
+        self._place(name, tensor)
+        return tensor
+
+    def output(self, name: str, tensor: Any) -> None:
+        """Say where a result goes."""
+        dim, stride = self._extent(name)
+        tensor.set_output(True).set_dim(dim).set_stride(stride).set_data_type(self._layouts[name][4])
+        self._place(name, tensor)
+
+    def options(self) -> dict[str, Any]:
+        """What forward and backward are both told."""
+        options = {"attn_scale": self.shape.heads.factor, "use_causal_mask": True}
+        if self.shape.ragged:
+            lengths = self._vector("lengths", self.shape.documents, cudnn_frontend().data_type.INT32)
+            options |= {"use_padding_mask": True, "seq_len_q": lengths, "seq_len_kv": lengths}
+        return options
+
+    def build(self) -> _Plan:
+        """Let cuDNN choose a kernel."""
+        self.graph.build([cudnn_frontend().heur_mode.A])
+        return _Plan(self.graph, self.tensors, self.graph.get_workspace_size())
+
+
+@functools.lru_cache(maxsize=64)
+def _forward_plan(shape: _Shape) -> _Plan:
+    builder = _Builder(shape)
+    q, k, v = (builder.input(name) for name in ("q", "k", "v"))
+    out, lse = builder.graph.sdpa(name="forward", q=q, k=k, v=v, generate_stats=True, **builder.options())
+    builder.output("out", out)
+    builder.output("lse", lse)
+    return builder.build()
+
+
+@functools.lru_cache(maxsize=64)
+def _backward_plan(shape: _Shape) -> _Plan:
+    builder = _Builder(shape)
+    q, k, v, out, grad, lse = (builder.input(name) for name in ("q", "k", "v", "out", "grad", "lse"))
+    results = builder.graph.sdpa_backward(
+        name="backward", q=q, k=k, v=v, o=out, dO=grad, stats=lse, **builder.options()
+    )
+    for name, result in zip(("dq", "dk", "dv"), results, strict=True):
+        builder.output(name, result)
+    return builder.build()
+
+
+@functools.cache
+def _handle(_device: int) -> Any:
+    return cudnn_frontend().create_handle()
+
+
+def _execute(plan: _Plan, values: dict[str, Tensor]) -> None:
+    device = values["q"].device
+    workspace = torch.empty(plan.workspace, device=device, dtype=torch.uint8)
+    handle = _handle(device.index or 0)
+    cudnn_frontend().set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
+    pointers = {tensor: values[name] for name, tensor in plan.tensors.items()}
+    plan.graph.execute(pointers, workspace, handle=handle)
+
+
+def _forward(fused_TN: Tensor, shape: _Shape, where: dict[str, Tensor]) -> tuple[Tensor, Saved]:
+    heads = shape.heads
+    out = fused_TN.new_empty(fused_TN.shape[0], heads.query * heads.size)
+    lse = fused_TN.new_empty(fused_TN.shape[0], heads.query, dtype=torch.float32)
+    q, k, v = heads.split(fused_TN)
+    _execute(_forward_plan(shape), {"q": q, "k": k, "v": v, "out": out, "lse": lse, **where})
+    return out, (lse,)
+
+
+def _backward(
+    grad: Tensor, fused_TN: Tensor, output: Tensor, saved: Saved, shape: _Shape, where: dict[str, Tensor]
+) -> Tensor:
+    grad_TN = fused_TN.new_empty(fused_TN.shape[0], shape.grad_stride)[:, : shape.heads.columns]
+    q, k, v = shape.heads.split(fused_TN)
+    dq, dk, dv = shape.heads.split(grad_TN)
+    values = {"q": q, "k": k, "v": v, "out": output, "grad": grad.contiguous(), "lse": saved[0]}
+    _execute(_backward_plan(shape), {**values, "dq": dq, "dk": dk, "dv": dv, **where})
+    return grad_TN
+
+
+# ---------------------------------------------------------------------- documents of one length
+
+
+def equal_fits(fused_TN: Tensor, heads: Heads, documents: Documents) -> bool:
+    """Whether the dense graph computes this."""
+    long_enough = documents.equal and documents.lengths[0] >= SHORTEST_EQUAL
+    return long_enough and cudnn_computes(fused_TN, heads) and cudnn_frontend() is not None
+
+
+def _equal_shape(fused_TN: Tensor, heads: Heads, documents: Documents, room: int = 0) -> _Shape:
+    lengths = documents.lengths
+    strides = fused_TN.stride(0), heads.columns + room
+    return _Shape(len(lengths), lengths[0], heads, *strides, fused_TN.dtype, ragged=False)
+
+
+def equal_forward(fused_TN: Tensor, heads: Heads, documents: Documents) -> tuple[Tensor, Saved]:
+    """`Backend.forward` for documents of one length."""
+    return _forward(fused_TN, _equal_shape(fused_TN, heads, documents), {})
+
+
+def equal_backward(
+    grad: Tensor,
+    fused_TN: Tensor,
+    output: Tensor,
+    saved: Saved,
+    heads: Heads,
+    documents: Documents,
+    room: int,
+) -> Tensor:
+    """`Backend.backward` for documents of one length."""
+    return _backward(grad, fused_TN, output, saved, _equal_shape(fused_TN, heads, documents, room), {})
+
+
+# ---------------------------------------------------------------------- documents of any lengths
+
+
+def ragged_fits(fused_TN: Tensor, heads: Heads, _documents: Documents) -> bool:
+    """Whether the ragged graph computes this."""
+    return cudnn_computes(fused_TN, heads) and cudnn_frontend() is not None
+
+
+def _bucket(value: int) -> int:
+    """Round up to an eighth of the next power of two, so that graphs of similar shapes are shared."""
+    if value <= 16:
+        return 16
+    step = 1 << max(0, math.ceil(math.log2(value)) - 3)
+    return -(-value // step) * step
+
+
+def _ragged_shape(fused_TN: Tensor, heads: Heads, documents: Documents, room: int = 0) -> _Shape:
+    count = _bucket(len(documents.lengths)) if len(documents.lengths) > 1 else 1
+    strides = fused_TN.stride(0), heads.columns + room
+    return _Shape(count, _bucket(documents.longest), heads, *strides, fused_TN.dtype, ragged=True)
+
+
+def _places(documents: Documents, shape: _Shape) -> dict[str, Tensor]:
+    """Offsets and lengths of the documents, padded with empty documents to the graph's count."""
+    key = (shape.documents, shape.stride, shape.grad_stride, shape.heads)
+    if key not in documents.derived:
+        cu = documents.cu_seqlens.to(torch.int64)
+        spare = shape.documents + 1 - cu.shape[0]
+        if spare:
+            cu = torch.cat([cu, cu[-1:].expand(spare)])
+        at = cu.view(-1, 1, 1, 1)
+        documents.derived[key] = {
+            "fused_at": at * shape.stride,
+            "grad_at": at * shape.grad_stride,
+            "out_at": at * (shape.heads.query * shape.heads.size),
+            "lse_at": at * shape.heads.query,
+            "lengths": cu.diff().to(torch.int32).view(-1, 1, 1, 1),
+        }
+    places: dict[str, Tensor] = documents.derived[key]
+    return places
+
+
+def ragged_forward(fused_TN: Tensor, heads: Heads, documents: Documents) -> tuple[Tensor, Saved]:
+    """`Backend.forward` for documents of any lengths."""
+    shape = _ragged_shape(fused_TN, heads, documents)
+    return _forward(fused_TN, shape, _places(documents, shape))
+
+
+def ragged_backward(
+    grad: Tensor,
+    fused_TN: Tensor,
+    output: Tensor,
+    saved: Saved,
+    heads: Heads,
+    documents: Documents,
+    room: int,
+) -> Tensor:
+    """`Backend.backward` for documents of any lengths."""
+    shape = _ragged_shape(fused_TN, heads, documents, room)
+    return _backward(grad, fused_TN, output, saved, shape, _places(documents, shape))
