@@ -5,7 +5,7 @@
 
 Three runs see the same rows in the same order, and start from the same weights and the same adapter:
 
-- `fused`: what `tunesmith train` builds: packed rows, hand-written layers, chunked head, its own step.
+- `fused`: what `tunesmith train` runs: rows without padding, hand-written layers, chunked head, its own step.
 - `stock`: right-padded rows through transformers' layers, PEFT's adapter and transformers' loss under autocast,
   torch's clipping and AdamW. Nothing of this project computes in it.
 - `float32`: the stock run in float32 with attention as plain products, from the same weights as the other two, that
@@ -43,6 +43,7 @@ from benchmarks.parity_report import compare, draw, report
 
 RANK, ALPHA = 16, 32.0
 HELD_OUT_ROWS_AT_ONCE = 16
+
 Losses = dict[str, Any]
 """`losses` and `grad_norms` of each step, `held_out` as [before, after], `seconds` of all steps."""
 
@@ -267,7 +268,7 @@ class Stock:
             inputs, supervised = padded(trainer.corpus, documents, self.device)
             with self.arithmetic():
                 loss = self.model(**inputs, use_cache=False, num_items_in_batch=supervised).loss
-                loss.backward()
+            loss.backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
             for group in optimizer.param_groups:
                 group["lr"] = rates[step]
@@ -277,9 +278,8 @@ class Stock:
             say(name, step, losses[-1])
         seconds = time.perf_counter() - started
         after = self.held_out(trainer.corpus, held_out)
-        return {
-            "losses": losses, "grad_norms": norms, "held_out": [before, after], "seconds": round(seconds, 2)
-        }  # fmt: skip
+        found: Losses = {"losses": losses, "grad_norms": norms, "held_out": [before, after]}
+        return found | {"seconds": round(seconds, 2)}
 
 
 # ---------------------------------------------------------------------- the three runs
@@ -290,9 +290,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     from tunesmith.config.run_dir import versions
     from tunesmith.kernels.launch import TRITON_VERSION
 
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {
-        "card": card,
+        "card": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "date": datetime.now(UTC).date().isoformat(),
         "versions": versions() | {"triton": TRITON_VERSION},
     }
@@ -321,7 +320,7 @@ def measure(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
         runs[name] = stock.train(name, trainer, fused.steps, fused.rates, max_norm)
         finals[name] = copied(stock.model)
     held_out = [int(document) for document in trainer.held_out_N]
-    for name, final in finals.items():
+    for name, final in finals.items():  # the last model is the one in float32
         load_adapter(stock.model, final)
         runs[name]["held_out_float32"] = stock.held_out(trainer.corpus, held_out)
     settings["model"]["name"] = Path(model).name

@@ -96,7 +96,7 @@ def run_peer(
         if status is None or not first:  # its time is up, or it cannot be imported
             cells[start:] = [reason] * (len(jobs) - start)
             break
-        if start < len(jobs):  # else the case that ended it has its answer
+        if status != UNUSABLE and start < len(jobs):  # else the case that ended it has its answer
             cells[start] = reason
             start += 1
         if start == len(jobs):
