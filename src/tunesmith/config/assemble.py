@@ -27,6 +27,7 @@ from tunesmith.models.policy import POLICIES
 from tunesmith.models.probe import policy_costs
 from tunesmith.objectives.table import OBJECTIVES
 from tunesmith.planning.fit import STOCK_POLICIES, Fit, fit_micro_batch
+from tunesmith.planning.graphs import graphs_pay
 from tunesmith.settings.run import RunSettings
 from tunesmith.training.checkpoint import CheckpointStore
 from tunesmith.training.optim import Schedule, build_optimizer
@@ -142,6 +143,35 @@ def _check_policy(settings: RunSettings, device: torch.device, installed: Instal
             f"memory.policy: {policy} needs fused layers, and none of this model is fused: {reason}.",
             hint="Use auto, keep or recompute.",
         )
+
+
+def _record(
+    settings: RunSettings, backend: SingleDevice, installed: Installed | None, fit: Fit
+) -> str | None:
+    """Have the backend record CUDA graphs where they are wanted and possible; returns why not.
+
+    Raises:
+        UserError: they are asked for and not possible.
+    """
+    wanted = settings.train.cuda_graphs
+    if wanted == "never":
+        return "train.cuda_graphs is never"
+    if backend.device.type != "cuda" or installed is None:
+        reason: str | None = "there is no GPU"
+    elif backend.scaler.is_enabled():
+        reason = "float16 trains with a loss scale"
+    elif settings.train.deterministic:
+        reason = "a run that goes on would record at other steps than one that never stopped"
+    else:
+        reason = installed.recordable()
+    if wanted == "always" and reason is not None:
+        raise UserError(f"train.cuda_graphs: always is not possible here: {reason}.", hint="Set it to auto.")
+    if reason is None and wanted == "auto":
+        assert installed is not None
+        if not graphs_pay(tokens=fit.tokens, layer_parameters=installed.layer_parameters()):
+            reason = "the model keeps the GPU busy without"
+    backend.use_graphs = reason is None
+    return reason
 
 
 _FIXED = {
@@ -278,6 +308,7 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
         with backend.autocast():
             check_packing(causal)
         fit = _fit(settings, causal, backend, data, installed)
+        _record(settings, backend, installed, fit)
     trainer = Trainer(
         backend=backend,
         loss=ObjectiveLoss(causal, OBJECTIVES[settings.objective.kind]),

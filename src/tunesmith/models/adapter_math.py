@@ -38,6 +38,17 @@ def _masks(group: Group, like_TK: Tensor, seed: int) -> Iterator[tuple[int, Tens
         yield number, keep_TK.div_(1 - rate)
 
 
+def _product(left: Tensor, right: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
+    """left · right in the type of the group's adapters, rounded once: the GEMM itself writes float32."""
+    dtype = group.adapter_dtype
+    if left.is_cuda and dtype == torch.float32 and left.dtype in (torch.bfloat16, torch.float16):
+        if out is None:
+            return torch.mm(left, right, out_dtype=dtype)
+        return torch.mm(left, right, out_dtype=dtype, out=out)
+    product = (left @ right).to(dtype)
+    return product if out is None else out.copy_(product)
+
+
 def adapter_input(x_TK: Tensor, group: Group, operands: Operands, seed: int) -> Tensor:
     """u `[T, P·R]` of all projections of the group."""
     if group.dropout == 0.0:
@@ -58,18 +69,22 @@ def output_gradients(
     Args:
         grad_u_TQ: ∂u where a kernel has computed it already.
     """
-    rank = group.rank
-    widths = group.widths
+    rank, widths = group.rank, group.widths
     if len(widths) == 1:
         if grad_u_TQ is None:
             grad_u_TQ = grad_TN @ operands.b_NR
-        return grad_u_TQ, grad_TN.T @ u_TQ
+        return grad_u_TQ, _product(grad_TN.T, u_TQ, group)
     grads_TN = grad_TN.split(widths, dim=1)
-    us = u_TQ.split(rank, dim=1)
     if grad_u_TQ is None:
-        bs = operands.b_NR.split(widths)
-        grad_u_TQ = torch.cat([grad @ b for grad, b in zip(grads_TN, bs, strict=True)], dim=1)
-    return grad_u_TQ, torch.cat([grad.T @ u for grad, u in zip(grads_TN, us, strict=True)])
+        grad_u_TQ = torch.empty_like(u_TQ, memory_format=torch.contiguous_format)
+        for grad, b_NR, out in zip(
+            grads_TN, operands.b_NR.split(widths), grad_u_TQ.split(rank, dim=1), strict=True
+        ):
+            torch.mm(grad, b_NR, out=out)
+    grad_b_NR = u_TQ.new_empty(group.columns, rank, dtype=group.adapter_dtype)
+    for grad, u, out in zip(grads_TN, u_TQ.split(rank, dim=1), grad_b_NR.split(widths), strict=True):
+        _product(grad.T, u, group, out)
+    return grad_u_TQ, grad_b_NR
 
 
 def add_dropped(grad_x_TK: Tensor, group: Group, operands: Operands, grad_u_TQ: Tensor, seed: int) -> None:
@@ -87,10 +102,10 @@ def add_dropped(grad_x_TK: Tensor, group: Group, operands: Operands, grad_u_TQ: 
 def adapter_a_gradient(x_TK: Tensor, group: Group, grad_u_TQ: Tensor, seed: int) -> Tensor:
     """∂A `[P·R, K]` from the group's input and ∂u."""
     if group.dropout == 0.0:
-        return grad_u_TQ.T @ x_TK
+        return _product(grad_u_TQ.T, x_TK, group)
     rank = group.rank
     return torch.cat([
-        grad_u_TQ[:, n * rank : (n + 1) * rank].T @ (x_TK if keep_TK is None else x_TK * keep_TK)
+        _product(grad_u_TQ[:, n * rank : (n + 1) * rank].T, x_TK if keep_TK is None else x_TK * keep_TK, group)
         for n, keep_TK in _masks(group, x_TK, seed)
     ])  # fmt: skip
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tunesmith.kernels.attention import attention_backward, attention_forward
 from tunesmith.kernels.glu import glu, glu_backward_
@@ -37,18 +38,40 @@ from tunesmith.models.adapter_math import (
     input_gradients,
     output_gradients,
 )
-from tunesmith.models.layer_call import STAGE_TENSORS, AllOperands, Groups, LayerCall, Stash, Weights
+from tunesmith.models.layer_call import FOLDED, STAGE_TENSORS, AllOperands, Groups, LayerCall, Stash, Weights
 from tunesmith.models.offload import Handle
 from tunesmith.models.projections import Group, Operands, adapter_parameters, split_gradients
 
 
-def _project(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, room: int = 0) -> Tensor:
-    """x Wᵀ (+ bias) as the first columns of rows that have `room` more."""
-    rows, columns = x_TK.shape[0], weight_NK.shape[0]
-    out_TN = x_TK.new_empty(rows, columns + room)[:, :columns]
-    if bias_N is None:
-        return torch.mm(x_TK, weight_NK.T, out=out_TN)
-    return torch.addmm(bias_N, x_TK, weight_NK.T, out=out_TN)
+def _project(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    return x_TK @ weight_NK.T if bias_N is None else torch.addmm(bias_N, x_TK, weight_NK.T)
+
+
+def _project_with_adapters(
+    call: LayerCall, name: str, x_TK: Tensor, stash: Stash, operands: Operands | None, weights: Weights
+) -> Tensor:
+    """x Wᵀ (+ bias); u = x Aᵀ goes into the stash, for the kernel that adds u Bᵀ later.
+
+    Where the weight has room for A, one GEMM with [W; A] gives both, and u lies behind y in rows that leave it room
+    in backward, when ∂y and ∂u take the places of y and u.
+    """
+    group: Group = getattr(call.groups, name)
+    small, key, bias_N = stash.small, f"u_{name}", group.bias(x_TK.dtype)
+    if operands is None:
+        return _project(x_TK, weights.get(name), bias_N)
+    if group.foldable and not call.moves(name):
+        weight = weights.get(name, operands.a_QK)
+        if weight.shape[0] > group.columns:
+            if bias_N is not None:
+                bias_N = pad(bias_N, (0, group.foldable))
+            wide_TN = _project(x_TK, weight, bias_N)
+            small[key] = wide_TN[:, group.columns :]
+            return wide_TN[:, : group.columns]
+    else:
+        weight = weights.get(name)
+    if key not in small:
+        small[key] = adapter_input(x_TK, group, operands, call.seeds[call.groups._fields.index(name)])
+    return _project(x_TK, weight, bias_N)
 
 
 def _project_onto(
@@ -80,19 +103,20 @@ def _input_gradient(
     """
     if operands is None or grad_u_TQ is None or group.dropout > 0.0:
         return grad_TN @ weights.take(name)
-    ranks = operands.a_QK.shape[0]
+    wide_TN = _with_room(grad_TN, group)
+    weight = weights.take(name, None if wide_TN is None else operands.a_QK)
+    if wide_TN is not None and weight.shape[0] > group.columns:
+        wide_TN[:, group.columns :] = grad_u_TQ
+        return wide_TN @ weight
+    return (grad_TN @ weight).addmm_(grad_u_TQ, operands.a_QK)
+
+
+def _with_room(grad_TN: Tensor, group: Group) -> Tensor | None:
+    """The rows of ∂y with the columns behind them that were left free for ∂u, or None where none were."""
     tokens, columns = grad_TN.shape
-    whole = grad_TN.stride(0) == columns + ranks == columns + group.foldable
-    if whole:
-        stacked = weights.take_over(name, operands.a_QK)
-        if stacked.shape[0] > columns:
-            wide_TN = grad_TN.as_strided((tokens, columns + ranks), grad_TN.stride())
-            wide_TN[:, columns:] = grad_u_TQ
-            return wide_TN @ stacked
-        grad_x_TK = grad_TN @ stacked
-    else:
-        grad_x_TK = grad_TN @ weights.take(name)
-    return grad_x_TK.addmm_(grad_u_TQ, operands.a_QK)
+    if not group.foldable or grad_TN.stride(0) != columns + group.foldable:
+        return None
+    return grad_TN.as_strided((tokens, columns + group.foldable), grad_TN.stride())
 
 
 # ---------------------------------------------------------------------- forward, in two halves
@@ -105,11 +129,9 @@ def _attention_half(
     small, large, groups = stash.small, stash.large, call.groups
     if "qkv" not in large:
         normed_TD, small["rstd0"] = call.norm(0, hidden_TD)
-        qkv_TN = _project(normed_TD, weights.get("qkv"), groups.qkv.bias(hidden_TD.dtype))
+        qkv_TN = _project_with_adapters(call, "qkv", normed_TD, stash, operands.qkv, weights)
         adapter = None
         if operands.qkv is not None:
-            if "u_qkv" not in small:
-                small["u_qkv"] = adapter_input(normed_TD, groups.qkv, operands.qkv, call.seeds[0])
             adapter = (small["u_qkv"], operands.qkv.b_NR, groups.qkv.rank)
         call.rope_(qkv_TN, adapter=adapter)
         large["qkv"] = qkv_TN
@@ -129,12 +151,8 @@ def _gate_up(
     call: LayerCall, middle_TD: Tensor, stash: Stash, operands: AllOperands, weights: Weights
 ) -> Tensor:
     """gate and up `[T, 2I]` without the adapters, which the activation kernels add."""
-    small, groups = stash.small, call.groups
-    normed_TD, small["rstd1"] = call.norm(1, middle_TD)
-    if operands.gate_up is not None and "u_gate_up" not in small:
-        small["u_gate_up"] = adapter_input(normed_TD, groups.gate_up, operands.gate_up, call.seeds[2])
-    weight = weights.get("gate_up")
-    return _project(normed_TD, weight, groups.gate_up.bias(middle_TD.dtype), groups.gate_up.foldable)
+    normed_TD, stash.small["rstd1"] = call.norm(1, middle_TD)
+    return _project_with_adapters(call, "gate_up", normed_TD, stash, operands.gate_up, weights)
 
 
 def _activation_arguments(call: LayerCall, stash: Stash, operands: AllOperands) -> dict[str, Any]:
@@ -180,25 +198,28 @@ def _through_norm(
 ) -> tuple[Tensor, Tensor | None]:
     """∂h through a norm, and ∂A of the group that reads its rows.
 
-    The adapters' part of `grad_normed_TD` is added here where they have dropout. The normed rows that ∂A needs come
-    out of the norm's own backward kernel.
+    The adapters' part of `grad_normed_TD` is added here where they have dropout. ∂A needs the normed rows h · r · w
+    (r the reciprocal root mean squares) but not their memory: ∂uᵀ(h r w) = ((∂u r)ᵀ h) w. In float16 ∂u · r would
+    leave the range, and there the rows come out of the norm's own backward kernel.
     """
-    shape = call.shape
-    normed_TD = grad_a = None
+    offset = call.shape.norm_offset
+    weight_D = call.norms[number].weight.to(hidden_TD.dtype)
+    grad_a = None
     if operands is not None:
         assert grad_u_TQ is not None
         if group.dropout > 0.0:
             normed_TD, _ = call.norm(number, hidden_TD)
-            grad_a = input_gradients(
-                grad_normed_TD, normed_TD, group, operands, grad_u_TQ, call.seeds[2 * number]
-            )
-    weight_D = call.norms[number].weight.to(hidden_TD.dtype)
-    grad_TD, _, normed_TD = rms_norm_backward(
+            seed = call.seeds[2 * number]
+            grad_a = input_gradients(grad_normed_TD, normed_TD, group, operands, grad_u_TQ, seed)
+        elif hidden_TD.dtype != torch.float16 and group.adapter_dtype.itemsize >= 4:
+            scaled_TQ = (grad_u_TQ * rstd_T[:, None]).to(grad_u_TQ.dtype)
+            grad_a = adapter_a_gradient(hidden_TD, group, scaled_TQ, 0).mul_(weight_D + offset)
+    grad_TD, _, normed_again_TD = rms_norm_backward(
         grad_normed_TD, hidden_TD, weight_D, rstd_T,
-        add_TD=add_TD, offset=shape.norm_offset, recompute=operands is not None and grad_a is None,
+        add_TD=add_TD, offset=offset, recompute=operands is not None and grad_a is None,
     )  # fmt: skip
-    if normed_TD is not None and grad_u_TQ is not None:
-        grad_a = grad_u_TQ.T @ normed_TD
+    if normed_again_TD is not None and grad_u_TQ is not None:
+        grad_a = adapter_a_gradient(normed_again_TD, group, grad_u_TQ, 0)
     return grad_TD, grad_a
 
 
@@ -321,6 +342,9 @@ class _DecoderLayer(torch.autograd.Function):
         keep = {"input": hidden_TD}
         for stage in call.policy.keep:
             keep |= {name: tensor for name, tensor in stash.large.items() if STAGE_TENSORS[stage](name)}
+        for name, tensor in stash.small.items():
+            if name in FOLDED and (FOLDED[name] not in keep or call.policy.offload):
+                stash.small[name] = tensor.clone()  # it would hold on to the rows that it lies in
         ctx.call, ctx.backend, ctx.handle, ctx.spent = call, stash.backend, None, False
         # a hundredth of what such a layer keeps, and three launches fewer in backward
         ctx.operands = stash.operands if "gate_up" in call.policy.keep else None

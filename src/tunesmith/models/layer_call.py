@@ -80,6 +80,10 @@ class LayerCall:
             inverse=inverse, xa_TR=u_TQ, b_NR=b_NR, rank=rank,
         )  # fmt: skip
 
+    def moves(self, stage: str) -> bool:
+        """Whether the policy moves the result of a stage to the host, which takes it in one piece."""
+        return self.policy.offload and stage in self.policy.keep
+
     def norm(self, number: int, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         """The first (0) or second (1) norm: normed rows and their reciprocal root mean squares."""
         shape = self.shape
@@ -113,6 +117,9 @@ STAGE_TENSORS: dict[str, Callable[[str], bool]] = {
 }
 """Which large tensors belong to a stage of a policy."""
 
+FOLDED = {"u_qkv": "qkv", "u_gate_up": "gate_up"}
+"""Small tensors that may lie in the rows of a large one."""
+
 
 class Weights:
     """Base weights of the groups for one pass, each dequantised at most once and dropped after its last use.
@@ -125,33 +132,34 @@ class Weights:
         self._groups, self._dtype, self._again = groups, dtype, again
         self._held: dict[str, Tensor] = {}
 
-    def get(self, name: str) -> Tensor:
-        """The weight `[N, K]` of a group for a forward product."""
+    def get(self, name: str, a_QK: Tensor | None = None) -> Tensor:
+        """The weight `[N, K]` of a group for a forward product.
+
+        Args:
+            a_QK: the adapters' A, put below it where there is room: the result is then `[N + Q, K]`.
+        """
         group, weight = self._read(name)
         if self._again:
             self._held[name] = weight
-        return weight[: group.columns]
+        return _stacked(group, weight, a_QK)
 
-    def take(self, name: str) -> Tensor:
+    def take(self, name: str, a_QK: Tensor | None = None) -> Tensor:
         """The same for the gradient, its last use: dropped when the caller lets go of it."""
-        group, weight = self._last(name)
-        return weight[: group.columns]
-
-    def take_over(self, name: str, a_QK: Tensor) -> Tensor:
-        """The same with the adapters' A below it, `[N + Q, K]`; without them where there is no room for them."""
-        group, weight = self._last(name)
-        if weight.shape[0] == group.columns + a_QK.shape[0]:
-            weight[group.columns :] = a_QK
-            return weight
-        return weight[: group.columns]
-
-    def _last(self, name: str) -> tuple[Group, Tensor]:
         held = self._held.pop(name, None)
-        return self._read(name) if held is None else (getattr(self._groups, name), held)
+        group, weight = self._read(name) if held is None else (getattr(self._groups, name), held)
+        return _stacked(group, weight, a_QK)
 
     def _read(self, name: str) -> tuple[Group, Tensor]:
         group: Group = getattr(self._groups, name)
-        return group, group.weight(self._dtype, group.foldable if self._again else 0)
+        return group, group.weight(self._dtype, group.foldable)
+
+
+def _stacked(group: Group, weight: Tensor, a_QK: Tensor | None) -> Tensor:
+    """`[W; A]` where the buffer of W has room for A, else W."""
+    if a_QK is None or weight.shape[0] != group.columns + a_QK.shape[0]:
+        return weight[: group.columns]
+    weight[group.columns :] = a_QK
+    return weight
 
 
 @dataclass(frozen=True, slots=True)

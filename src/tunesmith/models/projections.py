@@ -161,6 +161,11 @@ class Group:
         return max((a.dropout for p in self.projections for a in p.adapters), default=0.0)
 
     @property
+    def adapter_dtype(self) -> torch.dtype:
+        """Type of the adapters' parameters, in which their gradients are."""
+        return next(adapter.a.weight.dtype for p in self.projections for adapter in p.adapters)
+
+    @property
     def foldable(self) -> int:
         """Columns of all adapters side by side (P·R) where the gradient's GEMM can take them along, else 0."""
         ranks = len(self.projections) * self.rank
@@ -314,19 +319,21 @@ def split_gradients(group: Group, grad_a_QK: Tensor, grad_b_NR: Tensor) -> list[
     """Gradients of a group's operands as gradients of its parameters, in the order of `adapter_parameters`."""
     grads: list[Tensor] = []
     rank = group.rank
+    # B enters as scaling · B, so its gradient carries the scaling
+    scalings = {adapter.scaling for projection in group.projections for adapter in projection.adapters}
+    common = scalings.pop() if len(scalings) == 1 else None
+    if common is not None and common != 1.0:
+        grad_b_NR = grad_b_NR * common
     for number, (projection, rows_NR) in enumerate(
         zip(group.projections, grad_b_NR.split(group.widths), strict=True)
     ):
         at = 0
         for adapter in projection.adapters:
             width = adapter.a.out_features
-            grads.append(
-                grad_a_QK[number * rank + at : number * rank + at + width].to(adapter.a.weight.dtype)
-            )
-            # B enters as scaling · B, so its gradient carries the scaling
+            grad_a = grad_a_QK[number * rank + at : number * rank + at + width]
             grad_b = rows_NR[:, at : at + width]
-            grads.append(
-                (grad_b * adapter.scaling if adapter.scaling != 1.0 else grad_b).to(adapter.b.weight.dtype)
-            )
+            if common is None:
+                grad_b = grad_b * adapter.scaling
+            grads += [grad_a.to(adapter.a.weight.dtype), grad_b.to(adapter.b.weight.dtype)]
             at += width
     return grads

@@ -72,6 +72,9 @@ class TrainSettings(Section):
     """Seeds the data order, the adapter's initial values and dropout."""
     deterministic: bool = False
     """Use deterministic CUDA algorithms only, so that runs repeat bit for bit; slower. CPU runs always do."""
+    cuda_graphs: Literal["auto", "always", "never"] = "auto"
+    """Record forward and backward passes as CUDA graphs and replay them: several times faster where a model is too
+    small to keep a GPU busy. `auto`: where that is so. Needs fused layers, no dropout, nothing offloaded."""
 
 
 PolicyName = Literal["auto", "keep", "recompute_gate_up", "offload_attention", "recompute", "offload"]
