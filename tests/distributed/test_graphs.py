@@ -62,7 +62,7 @@ def boundaries_from_the_device(monkeypatch):
         "sdpa",
         Backend(
             row.fits,
-            lambda fused, heads, documents: row.forward(fused, heads, read(documents)),
+            lambda fused, heads, documents, room: row.forward(fused, heads, read(documents), room),
             lambda grad, fused, out, saved, heads, documents, room: row.backward(
                 grad, fused, out, saved, heads, read(documents), room
             ),

@@ -124,14 +124,14 @@ def adamw_(*, parameters, gradients, exp_avgs, exp_avg_sqs, steps, groups, optio
     return [norm, *leaves, *exp_avgs, *exp_avg_sqs, *steps]
 
 
-def add_residual_(y_TN, residual_TN, u_TR, b_NR):
+def add_residual(y_TN, residual_TN, u_TR, b_NR):
     total = y_TN + residual_TN if u_TR is None else y_TN + residual_TN + u_TR @ b_NR.T
-    return [total, total]
+    return [total]
 
 
 PLAIN = {
     "adamw_": adamw_,
-    "add_residual_": add_residual_,
+    "add_residual": add_residual,
     "rms_norm": rms_norm,
     "rms_norm_backward": rms_norm_backward,
     "rope_qkv_": rope_qkv_,

@@ -67,8 +67,9 @@ def _per_document(
     return torch.cat(outputs).flatten(1)
 
 
-def _sdpa_forward(fused_TN: Tensor, heads: Heads, documents: Documents) -> tuple[Tensor, Saved]:
-    return _per_document(*heads.split(fused_TN), heads, documents.lengths), ()
+def _sdpa_forward(fused_TN: Tensor, heads: Heads, documents: Documents, room: int) -> tuple[Tensor, Saved]:
+    output = _per_document(*heads.split(fused_TN), heads, documents.lengths)
+    return pad(output, (0, room))[:, : output.shape[1]], ()
 
 
 def _sdpa_backward(
@@ -105,7 +106,7 @@ def _flash_fits(fused_TN: Tensor, heads: Heads, _documents: Documents) -> bool:
     return takes_half(fused_TN, heads, 256)
 
 
-def _flash_forward(fused_TN: Tensor, heads: Heads, documents: Documents) -> tuple[Tensor, Saved]:
+def _flash_forward(fused_TN: Tensor, heads: Heads, documents: Documents, _room: int) -> tuple[Tensor, Saved]:
     q, k, v = heads.split(fused_TN)
     cu, longest = documents.cu_seqlens, documents.longest
     out, lse, state, offset, _ = torch.ops.aten._flash_attention_forward(
@@ -147,7 +148,7 @@ def _to_dense(part_THK: Tensor, length: int) -> Tensor:
     return dense_BHMK
 
 
-def _dense_forward(fused_TN: Tensor, heads: Heads, documents: Documents) -> tuple[Tensor, Saved]:
+def _dense_forward(fused_TN: Tensor, heads: Heads, documents: Documents, _room: int) -> tuple[Tensor, Saved]:
     q, k, v = (_to_dense(part, documents.lengths[0]) for part in heads.split(fused_TN))
     found = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, True, False, scale=heads.factor
@@ -221,18 +222,20 @@ def choose_backend(fused_TN: Tensor, heads: Heads, documents: Documents) -> str:
 
 
 def attention_forward(
-    fused_TN: Tensor, heads: Heads, documents: Documents, *, backend: str | None = None
+    fused_TN: Tensor, heads: Heads, documents: Documents, *, backend: str | None = None, room: int = 0
 ) -> tuple[Tensor, str, Saved]:
     """Causal attention within each document of a packed row.
 
     Args:
         fused_TN: `[T, (H + 2G)·K]`, q, k and v side by side; rows may be further apart than they are wide.
+        room: columns of undefined content that a row of the output shall have beyond its end; a backend that writes
+            into memory of its own leaves none.
 
     Returns:
         The output `[T, H·K]`, the backend that computed it, and what its backward needs.
     """
     name = backend or choose_backend(fused_TN, heads, documents)
-    output, saved = BACKENDS[name].forward(fused_TN, heads, documents)
+    output, saved = BACKENDS[name].forward(fused_TN, heads, documents, room)
     return output, name, saved
 
 

@@ -59,6 +59,7 @@ class _Shape:
         heads: layout of the fused buffer.
         stride: elements from a row of the fused buffer to the next.
         grad_stride: the same in the buffer of its gradient.
+        out_stride: the same in the output.
         dtype: bfloat16 or float16.
         ragged: documents of any lengths, whose places are given at every call.
     """
@@ -68,6 +69,7 @@ class _Shape:
     heads: Heads
     stride: int
     grad_stride: int
+    out_stride: int
     dtype: torch.dtype
     ragged: bool
 
@@ -92,19 +94,18 @@ class _Builder:
             io_data_type=self.io, intermediate_data_type=kinds.FLOAT, compute_data_type=kinds.FLOAT
         )
         heads = shape.heads
-        out_row = heads.query * heads.size
         # name: (heads, elements of a head, from row to row, offsets of the documents, type)
         self._layouts = {
             "q": (heads.query, heads.size, shape.stride, "fused_at", self.io),
             "k": (heads.key_value, heads.size, shape.stride, "fused_at", self.io),
             "v": (heads.key_value, heads.size, shape.stride, "fused_at", self.io),
-            "out": (heads.query, heads.size, out_row, "out_at", self.io),
+            "out": (heads.query, heads.size, shape.out_stride, "out_at", self.io),
+            "grad": (heads.query, heads.size, heads.query * heads.size, "out_grad_at", self.io),
             "lse": (heads.query, 1, heads.query, "lse_at", self.float),
         }
         for name in ("q", "k", "v"):
             count, size, _, _, kind = self._layouts[name]
             self._layouts[f"d{name}"] = (count, size, shape.grad_stride, "grad_at", kind)
-        self._layouts["grad"] = self._layouts["out"]
 
     def _vector(self, name: str, length: int, kind: Any) -> Any:
         if name not in self.tensors:
@@ -192,7 +193,7 @@ def _execute(plan: _Plan, values: dict[str, Tensor]) -> None:
 
 def _forward(fused_TN: Tensor, shape: _Shape, where: dict[str, Tensor]) -> tuple[Tensor, Saved]:
     heads = shape.heads
-    out = fused_TN.new_empty(fused_TN.shape[0], heads.query * heads.size)
+    out = fused_TN.new_empty(fused_TN.shape[0], shape.out_stride)[:, : heads.query * heads.size]
     lse = fused_TN.new_empty(fused_TN.shape[0], heads.query, dtype=torch.float32)
     q, k, v = heads.split(fused_TN)
     _execute(_forward_plan(shape), {"q": q, "k": k, "v": v, "out": out, "lse": lse, **where})
@@ -219,15 +220,16 @@ def equal_fits(fused_TN: Tensor, heads: Heads, documents: Documents) -> bool:
     return long_enough and cudnn_computes(fused_TN, heads) and cudnn_frontend() is not None
 
 
-def _equal_shape(fused_TN: Tensor, heads: Heads, documents: Documents, room: int = 0) -> _Shape:
+def _equal_shape(fused_TN: Tensor, heads: Heads, documents: Documents, room: int, out_stride: int) -> _Shape:
     lengths = documents.lengths
-    strides = fused_TN.stride(0), heads.columns + room
+    strides = fused_TN.stride(0), heads.columns + room, out_stride
     return _Shape(len(lengths), lengths[0], heads, *strides, fused_TN.dtype, ragged=False)
 
 
-def equal_forward(fused_TN: Tensor, heads: Heads, documents: Documents) -> tuple[Tensor, Saved]:
+def equal_forward(fused_TN: Tensor, heads: Heads, documents: Documents, room: int) -> tuple[Tensor, Saved]:
     """`Backend.forward` for documents of one length."""
-    return _forward(fused_TN, _equal_shape(fused_TN, heads, documents), {})
+    out_stride = heads.query * heads.size + room
+    return _forward(fused_TN, _equal_shape(fused_TN, heads, documents, 0, out_stride), {})
 
 
 def equal_backward(
@@ -240,7 +242,8 @@ def equal_backward(
     room: int,
 ) -> Tensor:
     """`Backend.backward` for documents of one length."""
-    return _backward(grad, fused_TN, output, saved, _equal_shape(fused_TN, heads, documents, room), {})
+    shape = _equal_shape(fused_TN, heads, documents, room, output.stride(0))
+    return _backward(grad, fused_TN, output, saved, shape, {})
 
 
 # ---------------------------------------------------------------------- documents of any lengths
@@ -259,15 +262,15 @@ def _bucket(value: int) -> int:
     return -(-value // step) * step
 
 
-def _ragged_shape(fused_TN: Tensor, heads: Heads, documents: Documents, room: int = 0) -> _Shape:
+def _ragged_shape(fused_TN: Tensor, heads: Heads, documents: Documents, room: int, out_stride: int) -> _Shape:
     count = _bucket(len(documents.lengths)) if len(documents.lengths) > 1 else 1
-    strides = fused_TN.stride(0), heads.columns + room
+    strides = fused_TN.stride(0), heads.columns + room, out_stride
     return _Shape(count, _bucket(documents.longest), heads, *strides, fused_TN.dtype, ragged=True)
 
 
 def _places(documents: Documents, shape: _Shape) -> dict[str, Tensor]:
     """Offsets and lengths of the documents, padded with empty documents to the graph's count."""
-    key = (shape.documents, shape.stride, shape.grad_stride, shape.heads)
+    key = (shape.documents, shape.stride, shape.grad_stride, shape.out_stride, shape.heads)
     if key not in documents.derived:
         cu = documents.cu_seqlens.to(torch.int64)
         spare = shape.documents + 1 - cu.shape[0]
@@ -277,7 +280,8 @@ def _places(documents: Documents, shape: _Shape) -> dict[str, Tensor]:
         documents.derived[key] = {
             "fused_at": at * shape.stride,
             "grad_at": at * shape.grad_stride,
-            "out_at": at * (shape.heads.query * shape.heads.size),
+            "out_at": at * shape.out_stride,
+            "out_grad_at": at * (shape.heads.query * shape.heads.size),
             "lse_at": at * shape.heads.query,
             "lengths": cu.diff().to(torch.int32).view(-1, 1, 1, 1),
         }
@@ -285,9 +289,9 @@ def _places(documents: Documents, shape: _Shape) -> dict[str, Tensor]:
     return places
 
 
-def ragged_forward(fused_TN: Tensor, heads: Heads, documents: Documents) -> tuple[Tensor, Saved]:
+def ragged_forward(fused_TN: Tensor, heads: Heads, documents: Documents, room: int) -> tuple[Tensor, Saved]:
     """`Backend.forward` for documents of any lengths."""
-    shape = _ragged_shape(fused_TN, heads, documents)
+    shape = _ragged_shape(fused_TN, heads, documents, 0, heads.query * heads.size + room)
     return _forward(fused_TN, shape, _places(documents, shape))
 
 
@@ -301,5 +305,5 @@ def ragged_backward(
     room: int,
 ) -> Tensor:
     """`Backend.backward` for documents of any lengths."""
-    shape = _ragged_shape(fused_TN, heads, documents, room)
+    shape = _ragged_shape(fused_TN, heads, documents, room, output.stride(0))
     return _backward(grad, fused_TN, output, saved, shape, _places(documents, shape))

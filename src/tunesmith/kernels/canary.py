@@ -62,7 +62,7 @@ class ModelShape:
 _SIZES: dict[str, Callable[[ModelShape], Size | None]] = {
     "rms_norm": lambda m: {"tokens": TOKENS, "width": m.width},
     "rms_norm_backward": lambda m: {"tokens": TOKENS, "width": m.width, "add": True, "recompute": True},
-    "add_residual_": lambda m: {"tokens": TOKENS, "columns": m.width, "rank": m.rank},
+    "add_residual": lambda m: {"tokens": TOKENS, "columns": m.width, "rank": m.rank},
     "rope_qkv_": lambda m: {
         "tokens": TOKENS,
         "heads": m.heads.query,

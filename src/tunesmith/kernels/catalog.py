@@ -26,7 +26,7 @@ from tunesmith.kernels.cross_entropy import (
 from tunesmith.kernels.glu import glu, glu_backward_, glu_backward_reference_, glu_reference
 from tunesmith.kernels.launch import accumulation_dtype
 from tunesmith.kernels.nf4 import NF4_CODE, dequantize_nf4, dequantize_nf4_reference
-from tunesmith.kernels.residual import add_residual_, add_residual_reference_
+from tunesmith.kernels.residual import add_residual, add_residual_reference
 from tunesmith.kernels.rms_norm import (
     rms_norm,
     rms_norm_backward,
@@ -145,7 +145,7 @@ def _rms_norm_backward_cost(size: Size, itemsize: int) -> Cost:
 def _residual_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
     tokens, columns, rank, pad = size["tokens"], size["columns"], size.get("rank", 0), size.get("pad", 0)
     return {
-        "y_TN": _normal((tokens, columns), dtype, device, pad),
+        "y_TN": _normal((tokens, columns), accumulation_dtype(dtype), device, pad),
         "residual_TN": _normal((tokens, columns), dtype, device),
         "u_TR": _normal((tokens, rank), dtype, device, pad) if rank else None,
         "b_NR": _normal((columns, rank), dtype, device) if rank else None,
@@ -154,8 +154,8 @@ def _residual_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inp
 
 def _residual_cost(size: Size, itemsize: int) -> Cost:
     tokens, columns, rank = size["tokens"], size["columns"], size.get("rank", 0)
-    moved = 3 * tokens * columns + rank * (tokens + columns)
-    return Cost(moved * itemsize, 2 * (rank + 1) * tokens * columns)
+    moved = 2 * tokens * columns + rank * (tokens + columns)
+    return Cost(moved * itemsize + 4 * tokens * columns, 2 * (rank + 1) * tokens * columns)
 
 
 # ---------------------------------------------------------------------- rotary positions
@@ -379,9 +379,9 @@ CATALOG: dict[str, KernelRow] = {
             cost=_rms_norm_backward_cost,
         ),
         KernelRow(
-            name="add_residual_",
-            op=add_residual_,
-            reference=add_residual_reference_,
+            name="add_residual",
+            op=add_residual,
+            reference=add_residual_reference,
             cases=_residual_cases,
             small=(
                 {"tokens": 5, "columns": 48},
@@ -396,7 +396,6 @@ CATALOG: dict[str, KernelRow] = {
             ),
             tolerances=ROUNDED_TWICE,
             cost=_residual_cost,
-            mutates=("y_TN",),
         ),
         KernelRow(
             name="rope_qkv_",

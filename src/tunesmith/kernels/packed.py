@@ -89,13 +89,14 @@ class Backend:
 
     Attributes:
         fits: whether it computes this device, type, layout and set of documents.
-        forward: (fused_TN, heads, documents) → output `[T, H·K]` and what backward needs.
+        forward: (fused_TN, heads, documents, room) → output `[T, H·K]`, in rows with `room` more columns where it
+            can, and what backward needs.
         backward: (grad `[T, H·K]`, fused_TN, output, saved, heads, documents, room) → gradient of the fused buffer,
             the first columns of rows with `room` more.
     """
 
     fits: Callable[[Tensor, Heads, Documents], bool]
-    forward: Callable[[Tensor, Heads, Documents], tuple[Tensor, Saved]]
+    forward: Callable[[Tensor, Heads, Documents, int], tuple[Tensor, Saved]]
     backward: Callable[[Tensor, Tensor, Tensor, Saved, Heads, Documents, int], Tensor]
 
 

@@ -1,15 +1,13 @@
 """Adds a projection, its LoRA adapter and the residual stream in one pass.
 
-    out = residual + y + u Bᵀ,    y = x Wᵀ,  u = x Aᵀ        summed in float32 and rounded once
-
-The two projections that write onto the residual stream (attention output and down) would otherwise cost a copy of
-the residual (torch's `addmm` copies its addend), a read of it inside the GEMM and a pass for the rank-R product:
-335 MB at 8,192 × 4,096 in 16 bits against 201 MB here, and two more roundings.
-
-Rejected: folding u and B into the GEMM as further columns of x and W. x is what attention or the activation wrote
-and W a parameter of the model, and copying either costs more than this pass.
+    out = residual + y + u Bᵀ,    y = x Wᵀ in float32,  u = x Aᵀ        summed in float32 and rounded once
 
 Shape suffixes: T tokens, N columns, R ranks.
+
+y comes as the GEMM accumulated it. With y rounded to 16 bits first, residual + y would often lie exactly halfway
+between two numbers, and an adapter a millionth of the weights' size would decide to which of them it is rounded:
+measured in bfloat16, it then acted a thousand times stronger than it is. Adding u Bᵀ in a pass of its own instead
+rounds such an adapter away.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ WARPS, STAGES, PROGRAMS_PER_SM = 4, 3, 16
 
 @jit(do_not_specialize=["tokens", "tiles", "splits"])
 def _residual_kernel(  # type: ignore[no-untyped-def]
-    y, residual, u, b, tokens, columns, tiles, splits, y_row, residual_row, u_row, b_row,
+    y, residual, u, b, out, tokens, columns, tiles, splits, y_row, residual_row, u_row, b_row, out_row,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # A program walks `tiles` blocks of columns of its tokens
@@ -57,8 +55,7 @@ def _residual_kernel(  # type: ignore[no-untyped-def]
         col = (first + nth) * COLS + tl.arange(0, COLS)
         col_live = col < columns
         live = row_live[:, None] & col_live[None, :]
-        y_at = y + at[:, None] * y_row + col[None, :]
-        total = tl.load(y_at, mask=live, other=0.0).to(tl.float32)
+        total = tl.load(y + at[:, None] * y_row + col[None, :], mask=live, other=0.0).to(tl.float32)
         total += tl.load(residual + at[:, None] * residual_row + col[None, :], mask=live, other=0.0).to(
             tl.float32
         )
@@ -68,13 +65,12 @@ def _residual_kernel(  # type: ignore[no-untyped-def]
                 mask=col_live[:, None] & (rank < RANK), other=0.0,
             )  # fmt: skip
             total = dot(u_tile, tl.trans(b_tile), total)
-        if STAGES == 1:
-            # products are laid out differently from loads: no thread may store what another has yet to load
-            tl.debug_barrier()
-        tl.store(y_at, total.to(y.dtype.element_ty), mask=live)
+        tl.store(out + at[:, None] * out_row + col[None, :], total.to(out.dtype.element_ty), mask=live)
 
 
-def _launch(y_TN: Tensor, residual_TN: Tensor, u_TR: Tensor | None, b_NR: Tensor | None) -> None:
+def _launch(
+    y_TN: Tensor, residual_TN: Tensor, u_TR: Tensor | None, b_NR: Tensor | None, out_TN: Tensor
+) -> None:
     tokens, columns = y_TN.shape
     u, b = (u_TR, b_NR) if u_TR is not None and b_NR is not None else (y_TN, y_TN)
     rank = 0 if u_TR is None else u.shape[1]
@@ -83,10 +79,10 @@ def _launch(y_TN: Tensor, residual_TN: Tensor, u_TR: Tensor | None, b_NR: Tensor
     tiles = -(-blocks // max(1, min(wanted, blocks)))
     splits = -(-blocks // tiles)
     launch(
-        _residual_kernel, (rows * splits,), y_TN, residual_TN, u, b, tokens, columns, tiles, splits,
-        y_TN.stride(0), residual_TN.stride(0), u.stride(0), b.stride(0),
-        RANK=rank, RANK_BLOCK=rank_block(rank, y_TN.dtype), ROWS=ROWS, COLS=COLUMNS,
-        STAGES=STAGES if y_TN.dtype != torch.float32 else 1, num_warps=WARPS,
+        _residual_kernel, (rows * splits,), y_TN, residual_TN, u, b, out_TN, tokens, columns, tiles, splits,
+        y_TN.stride(0), residual_TN.stride(0), u.stride(0), b.stride(0), out_TN.stride(0),
+        RANK=rank, RANK_BLOCK=rank_block(rank, out_TN.dtype), ROWS=ROWS, COLS=COLUMNS,
+        STAGES=STAGES, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -97,26 +93,28 @@ def _launch(y_TN: Tensor, residual_TN: Tensor, u_TR: Tensor | None, b_NR: Tensor
 def add_residual_op(
     y_TN: Tensor, residual_TN: Tensor, u_TR: Tensor | None = None, b_NR: Tensor | None = None
 ) -> Tensor:
-    """`add_residual_` on a copy of y as an operator for torch.compile and autograd, differentiable in everything."""
-    return add_residual_(y_TN.clone(memory_format=torch.contiguous_format), residual_TN, u_TR=u_TR, b_NR=b_NR)
+    """`add_residual` as an operator for torch.compile and autograd, differentiable in everything."""
+    return add_residual(y_TN, residual_TN, u_TR=u_TR, b_NR=b_NR)
 
 
 @add_residual_op.register_fake
-def _(y_TN: Tensor, *_others: Any) -> Tensor:
-    return y_TN.new_empty(y_TN.shape)
+def _(_y_TN: Tensor, residual_TN: Tensor, *_others: Any) -> Tensor:
+    return residual_TN.new_empty(residual_TN.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.y_dtype = inputs[0].dtype
     ctx.save_for_backward(*inputs[2:])
 
 
 def _autograd(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, ...]:
     u_TR, b_NR = ctx.saved_tensors
+    grad_y_TN = grad_TN.to(ctx.y_dtype)
     if u_TR is None:
-        return grad_TN, grad_TN, None, None
+        return grad_y_TN, grad_TN, None, None
     # ∂u = ∂out B,  ∂B = ∂outᵀ u
     narrow_TN = grad_TN.to(u_TR.dtype)
-    return grad_TN, grad_TN, narrow_TN @ b_NR.to(u_TR.dtype), (narrow_TN.T @ u_TR).to(b_NR.dtype)
+    return grad_y_TN, grad_TN, narrow_TN @ b_NR.to(u_TR.dtype), (narrow_TN.T @ u_TR).to(b_NR.dtype)
 
 
 add_residual_op.register_autograd(_autograd, setup_context=_setup_context)
@@ -125,40 +123,42 @@ add_residual_op.register_autograd(_autograd, setup_context=_setup_context)
 # ---------------------------------------------------------------------- reference
 
 
-def add_residual_reference_(
+def add_residual_reference(
     y_TN: Tensor, residual_TN: Tensor, *, u_TR: Tensor | None = None, b_NR: Tensor | None = None
 ) -> Tensor:
-    """`add_residual_` in plain torch."""
-    dtype = accumulation_dtype(y_TN.dtype)
+    """`add_residual` in plain torch."""
+    dtype = accumulation_dtype(residual_TN.dtype)
     total_TN = y_TN.to(dtype) + residual_TN.to(dtype)
     if u_TR is not None and b_NR is not None:
         total_TN = total_TN + u_TR.to(dtype) @ b_NR.to(dtype).T
-    return y_TN.copy_(total_TN.to(y_TN.dtype))
+    return total_TN.to(residual_TN.dtype)
 
 
 # ---------------------------------------------------------------------- public
 
 
-def add_residual_(
+def add_residual(
     y_TN: Tensor, residual_TN: Tensor, *, u_TR: Tensor | None = None, b_NR: Tensor | None = None
 ) -> Tensor:
-    """y ← residual + y + u Bᵀ in place.
+    """residual + y + u Bᵀ.
 
     Args:
-        y_TN: the projection; rows may be strided.
-        residual_TN: in the type of y; rows may be strided.
+        y_TN: the projection, float32 or in the type of the residual; rows may be strided.
+        residual_TN: the stream; rows may be strided.
         u_TR: x·Aᵀ of the adapters side by side.
         b_NR: B of the adapters, their scaling multiplied in.
 
     Returns:
-        `y_TN`. Not recorded by autograd.
+        The sum in the type of the residual. Not recorded by autograd.
     """
-    if not use_triton(y_TN, "add_residual_"):
-        return add_residual_reference_(y_TN, residual_TN, u_TR=u_TR, b_NR=b_NR)
+    if not use_triton(residual_TN, "add_residual"):
+        return add_residual_reference(y_TN, residual_TN, u_TR=u_TR, b_NR=b_NR)
     assert y_TN.stride(1) == residual_TN.stride(1) == 1
-    if u_TR is not None and b_NR is not None and u_TR.shape[1] > max_rank(y_TN.dtype):
-        y_TN.addmm_(u_TR.to(y_TN.dtype), b_NR.to(y_TN.dtype).T)  # more ranks than a program holds at once
+    if u_TR is not None and b_NR is not None and u_TR.shape[1] > max_rank(residual_TN.dtype):
+        # more ranks than a program holds at once
+        y_TN = y_TN.float() + (u_TR.to(b_NR.dtype) @ b_NR.T).float()
         u_TR = b_NR = None
     assert u_TR is None or b_NR is None or u_TR.stride(1) == b_NR.stride(1) == 1
-    _launch(y_TN, residual_TN, u_TR, b_NR)
-    return y_TN
+    out_TN = torch.empty(residual_TN.shape, dtype=residual_TN.dtype, device=residual_TN.device)
+    _launch(y_TN, residual_TN, u_TR, b_NR, out_TN)
+    return out_TN

@@ -38,15 +38,15 @@ def _masks(group: Group, like_TK: Tensor, seed: int) -> Iterator[tuple[int, Tens
         yield number, keep_TK.div_(1 - rate)
 
 
-def _product(left: Tensor, right: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
-    """left · right in the type of the group's adapters, rounded once: the GEMM itself writes float32."""
-    dtype = group.adapter_dtype
+def product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """left · right rounded once, to `dtype` where that is wider: on CUDA the GEMM itself writes float32."""
     if left.is_cuda and dtype == torch.float32 and left.dtype in (torch.bfloat16, torch.float16):
         if out is None:
             return torch.mm(left, right, out_dtype=dtype)
         return torch.mm(left, right, out_dtype=dtype, out=out)
-    product = (left @ right).to(dtype)
-    return product if out is None else out.copy_(product)
+    if dtype.itemsize > left.dtype.itemsize:
+        left, right = left.to(dtype), right.to(dtype)
+    return left @ right if out is None else out.copy_(left @ right)
 
 
 def adapter_input(x_TK: Tensor, group: Group, operands: Operands, seed: int) -> Tensor:
@@ -73,7 +73,7 @@ def output_gradients(
     if len(widths) == 1:
         if grad_u_TQ is None:
             grad_u_TQ = grad_TN @ operands.b_NR
-        return grad_u_TQ, _product(grad_TN.T, u_TQ, group)
+        return grad_u_TQ, product(grad_TN.T, u_TQ, group.adapter_dtype)
     grads_TN = grad_TN.split(widths, dim=1)
     if grad_u_TQ is None:
         grad_u_TQ = torch.empty_like(u_TQ, memory_format=torch.contiguous_format)
@@ -83,7 +83,7 @@ def output_gradients(
             torch.mm(grad, b_NR, out=out)
     grad_b_NR = u_TQ.new_empty(group.columns, rank, dtype=group.adapter_dtype)
     for grad, u, out in zip(grads_TN, u_TQ.split(rank, dim=1), grad_b_NR.split(widths), strict=True):
-        _product(grad.T, u, group, out)
+        product(grad.T, u, group.adapter_dtype, out)
     return grad_u_TQ, grad_b_NR
 
 
@@ -102,10 +102,14 @@ def add_dropped(grad_x_TK: Tensor, group: Group, operands: Operands, grad_u_TQ: 
 def adapter_a_gradient(x_TK: Tensor, group: Group, grad_u_TQ: Tensor, seed: int) -> Tensor:
     """∂A `[P·R, K]` from the group's input and ∂u."""
     if group.dropout == 0.0:
-        return _product(grad_u_TQ.T, x_TK, group)
+        return product(grad_u_TQ.T, x_TK, group.adapter_dtype)
     rank = group.rank
     return torch.cat([
-        _product(grad_u_TQ[:, n * rank : (n + 1) * rank].T, x_TK if keep_TK is None else x_TK * keep_TK, group)
+        product(
+            grad_u_TQ[:, n * rank : (n + 1) * rank].T,
+            x_TK if keep_TK is None else x_TK * keep_TK,
+            group.adapter_dtype,
+        )
         for n, keep_TK in _masks(group, x_TK, seed)
     ])  # fmt: skip
 

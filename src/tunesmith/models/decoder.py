@@ -24,100 +24,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from tunesmith.kernels.attention import attention_backward, attention_forward
 from tunesmith.kernels.glu import glu, glu_backward_
-from tunesmith.kernels.residual import add_residual_
 from tunesmith.kernels.rms_norm import rms_norm_backward
 from tunesmith.models.adapter_math import (
     adapter_a_gradient,
-    adapter_input,
     add_dropped,
     draw_seed,
     input_gradients,
     output_gradients,
 )
-from tunesmith.models.layer_call import FOLDED, STAGE_TENSORS, AllOperands, Groups, LayerCall, Stash, Weights
+from tunesmith.models.layer_call import (
+    FOLDED,
+    STAGE_TENSORS,
+    AllOperands,
+    Groups,
+    LayerCall,
+    Stash,
+    Weights,
+    beside,
+)
+from tunesmith.models.layer_products import input_gradient, project_onto, project_with_adapters
 from tunesmith.models.offload import Handle
 from tunesmith.models.projections import Group, Operands, adapter_parameters, split_gradients
-
-
-def _project(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    return x_TK @ weight_NK.T if bias_N is None else torch.addmm(bias_N, x_TK, weight_NK.T)
-
-
-def _project_with_adapters(
-    call: LayerCall, name: str, x_TK: Tensor, stash: Stash, operands: Operands | None, weights: Weights
-) -> Tensor:
-    """x Wᵀ (+ bias); u = x Aᵀ goes into the stash, for the kernel that adds u Bᵀ later.
-
-    Where the weight has room for A, one GEMM with [W; A] gives both, and u lies behind y in rows that leave it room
-    in backward, when ∂y and ∂u take the places of y and u.
-    """
-    group: Group = getattr(call.groups, name)
-    small, key, bias_N = stash.small, f"u_{name}", group.bias(x_TK.dtype)
-    if operands is None:
-        return _project(x_TK, weights.get(name), bias_N)
-    if group.foldable and not call.moves(name):
-        weight = weights.get(name, operands.a_QK)
-        if weight.shape[0] > group.columns:
-            if bias_N is not None:
-                bias_N = pad(bias_N, (0, group.foldable))
-            wide_TN = _project(x_TK, weight, bias_N)
-            small[key] = wide_TN[:, group.columns :]
-            return wide_TN[:, : group.columns]
-    else:
-        weight = weights.get(name)
-    if key not in small:
-        small[key] = adapter_input(x_TK, group, operands, call.seeds[call.groups._fields.index(name)])
-    return _project(x_TK, weight, bias_N)
-
-
-def _project_onto(
-    residual_TD: Tensor,
-    x_TK: Tensor,
-    weight_NK: Tensor,
-    group: Group,
-    operands: Operands | None,
-    u_TQ: Tensor | None,
-) -> Tensor:
-    """residual + x Wᵀ (+ bias) + u Bᵀ."""
-    out_TD = _project(x_TK, weight_NK, group.bias(x_TK.dtype))
-    b_NR = None if operands is None else operands.b_NR
-    return add_residual_(out_TD, residual_TD, u_TR=u_TQ, b_NR=b_NR)
-
-
-def _input_gradient(
-    weights: Weights,
-    name: str,
-    group: Group,
-    operands: Operands | None,
-    grad_TN: Tensor,
-    grad_u_TQ: Tensor | None,
-) -> Tensor:
-    """∂y W, and + ∂u A unless dropout stands between.
-
-    Where the rows of ∂y have room for ∂u and the weight has room for A, one GEMM of [∂y | ∂u] and [W; A] gives both,
-    in one sum and without a pass over the result.
-    """
-    if operands is None or grad_u_TQ is None or group.dropout > 0.0:
-        return grad_TN @ weights.take(name)
-    wide_TN = _with_room(grad_TN, group)
-    weight = weights.take(name, None if wide_TN is None else operands.a_QK)
-    if wide_TN is not None and weight.shape[0] > group.columns:
-        wide_TN[:, group.columns :] = grad_u_TQ
-        return wide_TN @ weight
-    return (grad_TN @ weight).addmm_(grad_u_TQ, operands.a_QK)
-
-
-def _with_room(grad_TN: Tensor, group: Group) -> Tensor | None:
-    """The rows of ∂y with the columns behind them that were left free for ∂u, or None where none were."""
-    tokens, columns = grad_TN.shape
-    if not group.foldable or grad_TN.stride(0) != columns + group.foldable:
-        return None
-    return grad_TN.as_strided((tokens, columns + group.foldable), grad_TN.stride())
-
 
 # ---------------------------------------------------------------------- forward, in two halves
 
@@ -129,22 +59,20 @@ def _attention_half(
     small, large, groups = stash.small, stash.large, call.groups
     if "qkv" not in large:
         normed_TD, small["rstd0"] = call.norm(0, hidden_TD)
-        qkv_TN = _project_with_adapters(call, "qkv", normed_TD, stash, operands.qkv, weights)
+        qkv_TN = project_with_adapters(call, "qkv", normed_TD, stash, operands.qkv, weights)
         adapter = None
         if operands.qkv is not None:
             adapter = (small["u_qkv"], operands.qkv.b_NR, groups.qkv.rank)
         call.rope_(qkv_TN, adapter=adapter)
         large["qkv"] = qkv_TN
     if "output" not in large:
-        output_TN, stash.backend, saved = attention_forward(large["qkv"], call.shape.heads, call.documents)
+        room = 0 if call.moves("attention") else beside(groups.output)
+        output_TN, stash.backend, saved = attention_forward(
+            large["qkv"], call.shape.heads, call.documents, room=room
+        )
         large["output"] = output_TN
         large |= {f"attention.{number}": tensor for number, tensor in enumerate(saved)}
-    if operands.output is not None and "u_output" not in small:
-        small["u_output"] = adapter_input(large["output"], groups.output, operands.output, call.seeds[1])
-    weight = weights.get("output")
-    return _project_onto(
-        hidden_TD, large["output"], weight, groups.output, operands.output, small.get("u_output")
-    )
+    return project_onto(call, "output", hidden_TD, large["output"], stash, operands.output, weights)
 
 
 def _gate_up(
@@ -152,7 +80,7 @@ def _gate_up(
 ) -> Tensor:
     """gate and up `[T, 2I]` without the adapters, which the activation kernels add."""
     normed_TD, stash.small["rstd1"] = call.norm(1, middle_TD)
-    return _project_with_adapters(call, "gate_up", normed_TD, stash, operands.gate_up, weights)
+    return project_with_adapters(call, "gate_up", normed_TD, stash, operands.gate_up, weights)
 
 
 def _activation_arguments(call: LayerCall, stash: Stash, operands: AllOperands) -> dict[str, Any]:
@@ -174,12 +102,10 @@ def layer_forward(call: LayerCall, hidden_TD: Tensor) -> tuple[Tensor, Stash]:
     middle_TD = _attention_half(call, hidden_TD, stash, operands, weights)
     gate_up_TN = _gate_up(call, middle_TD, stash, operands, weights)
     stash.large |= {"middle": middle_TD, "gate_up": gate_up_TN}
-    act_TI = glu(gate_up_TN, **_activation_arguments(call, stash, operands))
-    down = call.groups.down
-    if operands.down is not None:
-        stash.small["u_down"] = adapter_input(act_TI, down, operands.down, call.seeds[3])
-    weight = weights.take("down")
-    return _project_onto(middle_TD, act_TI, weight, down, operands.down, stash.small.get("u_down")), stash
+    inner, room = call.groups.down.inputs, beside(call.groups.down)
+    act_TI = hidden_TD.new_empty(hidden_TD.shape[0], inner + room)[:, :inner]
+    glu(gate_up_TN, **_activation_arguments(call, stash, operands), out_TI=act_TI)
+    return project_onto(call, "down", middle_TD, act_TI, stash, operands.down, weights), stash
 
 
 # ---------------------------------------------------------------------- backward, in two halves
@@ -251,7 +177,7 @@ def _mlp_backward(
         grad_u_gate_up, grad_b = output_gradients(
             grad_gate_up_TN, groups.gate_up, operands.gate_up, small["u_gate_up"], grad_u_TQ=grad_u_gate_up
         )
-    grad_normed_TD = _input_gradient(
+    grad_normed_TD = input_gradient(
         weights, "gate_up", groups.gate_up, operands.gate_up, grad_gate_up_TN, grad_u_gate_up
     )
     del grad_gate_up_TN
@@ -298,7 +224,7 @@ def _attention_backward(
     grad_u_qkv = grad_b_qkv = None
     if operands.qkv is not None:
         grad_u_qkv, grad_b_qkv = output_gradients(grad_qkv_TN, groups.qkv, operands.qkv, small["u_qkv"])
-    grad_normed_TD = _input_gradient(weights, "qkv", groups.qkv, operands.qkv, grad_qkv_TN, grad_u_qkv)
+    grad_normed_TD = input_gradient(weights, "qkv", groups.qkv, operands.qkv, grad_qkv_TN, grad_u_qkv)
     grad_hidden_TD, grad_a_qkv = _through_norm(
         call, 0, grad_normed_TD, hidden_TD, small["rstd0"], grad_TD, groups.qkv, operands.qkv, grad_u_qkv
     )
@@ -372,7 +298,8 @@ class _DecoderLayer(torch.autograd.Function):
         del tensors
         stash = Stash(small, dict(zip(ctx.large, kept, strict=True)), ctx.backend, ctx.operands)
         del kept
-        grad_hidden_TD, grads_parameters = layer_backward(call, grads[0], stash)
+        with torch.autocast(grads[0].device.type, enabled=False):
+            grad_hidden_TD, grads_parameters = layer_backward(call, grads[0], stash)
         return grad_hidden_TD, None, *grads_parameters
 
 

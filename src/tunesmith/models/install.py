@@ -140,6 +140,8 @@ class _FusedForward:
         groups = Groups(
             *(Group(tuple(read_projection(get(layer)) for get in getters)) for getters in self._groups)
         )
+        if any(p.base.weight.numel() == 0 for group in groups for p in group.projections):
+            raise NotFusableError("its weights are not gathered: for ZeRO-3 it has to be a leaf module")
         norms = (self._norms[0](layer), self._norms[1](layer))
         if norms[0].weight.requires_grad or norms[1].weight.requires_grad:
             raise NotFusableError("its norms are trained")

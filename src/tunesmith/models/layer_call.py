@@ -117,7 +117,7 @@ STAGE_TENSORS: dict[str, Callable[[str], bool]] = {
 }
 """Which large tensors belong to a stage of a policy."""
 
-FOLDED = {"u_qkv": "qkv", "u_gate_up": "gate_up"}
+FOLDED = {"u_qkv": "qkv", "u_output": "output", "u_gate_up": "gate_up", "u_down": "act"}
 """Small tensors that may lie in the rows of a large one."""
 
 
@@ -132,34 +132,49 @@ class Weights:
         self._groups, self._dtype, self._again = groups, dtype, again
         self._held: dict[str, Tensor] = {}
 
-    def get(self, name: str, a_QK: Tensor | None = None) -> Tensor:
+    def get(self, name: str, operands: Operands | None = None) -> Tensor:
         """The weight `[N, K]` of a group for a forward product.
 
         Args:
-            a_QK: the adapters' A, put below it where there is room: the result is then `[N + Q, K]`.
+            operands: adapters to put into its buffer where that has room: A below, `[N + Q, K]`, for the groups that
+                read the normed stream; B beside, `[N, K + R]`, for those that write onto the residual stream.
         """
         group, weight = self._read(name)
         if self._again:
             self._held[name] = weight
-        return _stacked(group, weight, a_QK)
+        return _joined(name, group, weight, operands)
 
-    def take(self, name: str, a_QK: Tensor | None = None) -> Tensor:
+    def take(self, name: str, operands: Operands | None = None) -> Tensor:
         """The same for the gradient, its last use: dropped when the caller lets go of it."""
         held = self._held.pop(name, None)
         group, weight = self._read(name) if held is None else (getattr(self._groups, name), held)
-        return _stacked(group, weight, a_QK)
+        return _joined(name, group, weight, operands)
 
     def _read(self, name: str) -> tuple[Group, Tensor]:
         group: Group = getattr(self._groups, name)
-        return group, group.weight(self._dtype, group.foldable)
+        if name in FOLDS_A:
+            return group, group.weight(self._dtype, below=group.foldable)
+        return group, group.weight(self._dtype, beside=beside(group))
 
 
-def _stacked(group: Group, weight: Tensor, a_QK: Tensor | None) -> Tensor:
-    """`[W; A]` where the buffer of W has room for A, else W."""
-    if a_QK is None or weight.shape[0] != group.columns + a_QK.shape[0]:
-        return weight[: group.columns]
-    weight[group.columns :] = a_QK
-    return weight
+FOLDS_A = ("qkv", "gate_up")
+"""Groups whose GEMM takes the adapters' A along; those of the others take B."""
+
+
+def beside(group: Group) -> int:
+    """Columns beside a group's input and weight that u and B need; rows stay multiples of 128 bytes in 16 bits."""
+    return -(-group.foldable // 64) * 64
+
+
+def _joined(name: str, group: Group, weight: Tensor, operands: Operands | None) -> Tensor:
+    columns, inputs = group.columns, group.inputs
+    if operands is not None and name in FOLDS_A and weight.shape[0] > columns:
+        weight[columns:] = operands.a_QK
+        return weight
+    if operands is not None and weight.shape[1] > inputs:
+        weight[:, inputs : inputs + group.rank] = operands.b_NR
+        return weight[:, : inputs + group.rank]
+    return weight[:columns, :inputs]
 
 
 @dataclass(frozen=True, slots=True)

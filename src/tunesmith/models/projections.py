@@ -172,18 +172,23 @@ class Group:
         # rows of a GEMM operand begin at multiples of 16 bytes
         return ranks if ranks % 8 == 0 and self.dropout == 0.0 else 0
 
-    def weight(self, dtype: torch.dtype, room: int = 0) -> Tensor:
-        """The group's weight `[N, K]` in `dtype`, a view where it lies in one piece already, else a new buffer.
+    def weight(self, dtype: torch.dtype, *, below: int = 0, beside: int = 0) -> Tensor:
+        """The group's weight `[N, K]` in `dtype`: a view where it lies in one piece already, else a new buffer.
 
         Args:
-            room: rows of undefined content below it: the result is `[N + room, K]`, or `[N, K]` where it has none.
+            below: rows of undefined content that are wanted below it, `[N + below, K]`.
+            beside: columns of undefined content that are wanted beside it, `[N, K + beside]`.
+
+        A view may lack what is wanted, and is then `[N, K]`.
         """
         bases = [projection.base for projection in self.projections]
-        whole = _adjacent([base.weight for base in bases], dtype, room)
+        whole = _adjacent([base.weight for base in bases], dtype, below)
         if whole is not None:
             return whole
-        out_NK = torch.empty(self.columns + room, self.inputs, dtype=dtype, device=bases[0].weight.device)
-        for base, rows_NK in zip(bases, out_NK[: self.columns].split(self.widths), strict=True):
+        device = bases[0].weight.device
+        out_NK = torch.empty(self.columns + below, self.inputs + beside, dtype=dtype, device=device)
+        weight_NK = out_NK[: self.columns, : self.inputs]
+        for base, rows_NK in zip(bases, weight_NK.split(self.widths), strict=True):
             write_weight(base, rows_NK)
         return out_NK
 
@@ -204,24 +209,27 @@ SPARE_ROWS = 96
 _SPARE = "tunesmith_spare_rows"
 
 
-def _adjacent(weights: Sequence[Tensor], dtype: torch.dtype, room: int = 0) -> Tensor | None:
+def _adjacent(weights: Sequence[Tensor], dtype: torch.dtype, below: int = 0) -> Tensor | None:
     """One view over weights whose rows follow each other in memory, as `join_weights` lays them."""
     first = weights[0]
     if first.dtype != dtype or first.ndim != 2 or not first.is_contiguous():
         return None
     if len(weights) == 1:
         return first.detach()
-    at = first.data_ptr()
-    storage = first.untyped_storage().data_ptr()
+    at, storage = first.data_ptr(), first.untyped_storage()
     for weight in weights:
         fits = weight.dtype == dtype and weight.is_contiguous() and weight.data_ptr() == at
-        if not fits or weight.untyped_storage().data_ptr() != storage:
+        if not fits or weight.untyped_storage().data_ptr() != storage.data_ptr():
             return None
         at += weight.numel() * weight.element_size()
     rows = sum(weight.shape[0] for weight in weights)
-    if room <= getattr(weights[-1], _SPARE, 0):
-        rows += room
-    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+    spare = getattr(weights[-1], _SPARE, 0)
+    # an engine may have moved the weights into a buffer of its own, where others follow them
+    whole = first.storage_offset() == 0
+    whole = whole and storage.nbytes() == (rows + spare) * first.shape[1] * first.element_size()
+    if whole and below <= spare:
+        rows += below
+    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1), first.storage_offset())
 
 
 @torch.no_grad()

@@ -1,0 +1,116 @@
+"""The products of a layer's projections and their adapters: as few GEMMs and passes as the memory's layout allows.
+
+The adapters of q, k, v and of gate and up share GEMMs with the weights: A lies below W, so that x [W; A]ᵀ gives y
+and u = x Aᵀ side by side, and in backward [∂y | ∂u] [W; A] gives both parts of ∂x. B of the projections that write
+onto the residual stream lies beside W: [x | u] [W | B]ᵀ. 4-bit weights are dequantised into such buffers; 16-bit ones
+have room below where `join_weights` laid them, and none beside.
+
+Shape suffixes: T tokens, D hidden size, N output columns, K input columns, Q = P·R columns of all projections' ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tunesmith.kernels.residual import add_residual
+from tunesmith.models.adapter_math import adapter_input, product
+from tunesmith.models.layer_call import LayerCall, Stash, Weights, beside
+from tunesmith.models.projections import Group, Operands
+
+
+def _project(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    return x_TK @ weight_NK.T if bias_N is None else torch.addmm(bias_N, x_TK, weight_NK.T)
+
+
+def project_with_adapters(
+    call: LayerCall, name: str, x_TK: Tensor, stash: Stash, operands: Operands | None, weights: Weights
+) -> Tensor:
+    """x Wᵀ (+ bias); u = x Aᵀ goes into the stash, for the kernel that adds u Bᵀ later.
+
+    Where the weight has room for A, one GEMM with [W; A] gives both, and u lies behind y in rows that leave it room
+    in backward, when ∂y and ∂u take the places of y and u.
+    """
+    group: Group = getattr(call.groups, name)
+    small, key, bias_N = stash.small, f"u_{name}", group.bias(x_TK.dtype)
+    if operands is None:
+        return _project(x_TK, weights.get(name), bias_N)
+    if group.foldable and not call.moves(name):
+        weight = weights.get(name, operands)
+        if weight.shape[0] > group.columns:
+            if bias_N is not None:
+                bias_N = pad(bias_N, (0, group.foldable))
+            wide_TN = _project(x_TK, weight, bias_N)
+            small[key] = wide_TN[:, group.columns :]
+            return wide_TN[:, : group.columns]
+    else:
+        weight = weights.get(name)
+    if key not in small:
+        small[key] = adapter_input(x_TK, group, operands, call.seeds[call.groups._fields.index(name)])
+    return _project(x_TK, weight, bias_N)
+
+
+def project_onto(
+    call: LayerCall,
+    name: str,
+    residual_TD: Tensor,
+    x_TK: Tensor,
+    stash: Stash,
+    operands: Operands | None,
+    weights: Weights,
+) -> Tensor:
+    """residual + x Wᵀ (+ bias) + u Bᵀ; u goes into the stash.
+
+    Where the rows of x have room for u and the weight has room for B, one GEMM of [x | u] and [W | B] forms both
+    products in one sum. Elsewhere the product stays in float32 until everything is added: rounded before, it would
+    often lie halfway between two numbers, and the smallest adapter would decide to which it goes.
+    """
+    group: Group = getattr(call.groups, name)
+    small, key, bias_D = stash.small, f"u_{name}", group.bias(x_TK.dtype)
+    if operands is None:
+        return _project(x_TK, weights.get(name), bias_D).add_(residual_TD)
+    inputs, ranks = group.inputs, group.rank
+    room = group.foldable and x_TK.stride(0) == inputs + beside(group)
+    weight = weights.get(name, operands if room else None)
+    if room and weight.shape[1] > inputs:
+        wide_TK = x_TK.as_strided((x_TK.shape[0], inputs + ranks), x_TK.stride())
+        small[key] = torch.mm(x_TK, operands.a_QK.T, out=wide_TK[:, inputs:])
+        return _project(wide_TK, weight, bias_D).add_(residual_TD)
+    if key not in small:
+        small[key] = adapter_input(x_TK, group, operands, call.seeds[call.groups._fields.index(name)])
+    y_TD = product(x_TK, weight[:, :inputs].T, torch.float32)
+    if bias_D is not None:
+        y_TD += bias_D
+    return add_residual(y_TD, residual_TD, u_TR=small[key], b_NR=operands.b_NR)
+
+
+def input_gradient(
+    weights: Weights,
+    name: str,
+    group: Group,
+    operands: Operands | None,
+    grad_TN: Tensor,
+    grad_u_TQ: Tensor | None,
+) -> Tensor:
+    """∂y W, and + ∂u A unless dropout stands between.
+
+    Where the rows of ∂y have room for ∂u and the weight has room for A, one GEMM of [∂y | ∂u] and [W; A] gives both,
+    in one sum and without a pass over the result.
+    """
+    if operands is None or grad_u_TQ is None or group.dropout > 0.0:
+        return grad_TN @ weights.take(name)
+    wide_TN = _with_room(grad_TN, group)
+    weight = weights.take(name, None if wide_TN is None else operands)
+    if wide_TN is not None and weight.shape[0] > group.columns:
+        wide_TN[:, group.columns :] = grad_u_TQ
+        return wide_TN @ weight
+    return (grad_TN @ weight).addmm_(grad_u_TQ, operands.a_QK)
+
+
+def _with_room(grad_TN: Tensor, group: Group) -> Tensor | None:
+    """The rows of ∂y with the columns behind them that were left free for ∂u, or None where none were."""
+    tokens, columns = grad_TN.shape
+    if not group.foldable or grad_TN.stride(0) != columns + group.foldable:
+        return None
+    return grad_TN.as_strided((tokens, columns + group.foldable), grad_TN.stride())
