@@ -125,6 +125,7 @@ def _unsloth(kind: str, checkpointing: str | bool) -> System:
 
 
 SYSTEMS: dict[str, System] = {
+    "tunesmith-keep_all": _ours("keep_all", "kept"),
     "tunesmith-keep": _ours("keep", "kept"),
     "tunesmith-recompute_gate_up": _ours("recompute_gate_up", "lean"),
     "tunesmith-offload_attention": _ours("offload_attention", "lean"),
@@ -146,7 +147,7 @@ _KEPT = ("tunesmith-keep", "unsloth-none", "unsloth")
 
 CASES: dict[str, Case] = {
     "8b-qlora": Case("8b", "qlora", 2, 4096, _ALL),
-    "8b-lora": Case("8b", "lora", 2, 4096, (*_KEPT, "liger")),
+    "8b-lora": Case("8b", "lora", 2, 4096, ("tunesmith-keep_all", *_KEPT, "liger")),
     "8b-qlora-packed": Case("8b", "qlora", 2, 4096, (*_KEPT, "liger"), mean=512, expected=100),
     "8b-qlora-masked": Case("8b", "qlora", 2, 4096, _KEPT, supervised=0.1),
     "135m-lora": Case("135m", "lora", 8, 512, _SMALL, steps=20, warm=5, expected=50),

@@ -120,7 +120,8 @@ def test_every_policy_of_fused_layers_has_a_cost_in_their_order() -> None:
 def test_fused_layers_take_what_their_stages_take() -> None:
     costs = costs_of(adapted(num_hidden_layers=LAYERS))
     keep = costs["keep"].device_bytes
-    # one layer at a time is whole again in backward
+    # one layer at a time is whole again in backward; the activation is half as wide as gate and up
+    assert costs["keep_all"].device_bytes - keep == (LAYERS - 1) * GATE_UP // 2
     assert keep - costs["recompute_gate_up"].device_bytes == (LAYERS - 1) * GATE_UP
     assert keep - costs["recompute"].device_bytes == (LAYERS - 1) * (HALF + GATE_UP)
     # of what travels three layers are on the device at a time

@@ -83,6 +83,7 @@ def data_lines(run: Run) -> list[str]:
 
 
 _KEPT = {
+    "keep_all": "all activations kept",
     "keep": "activations kept",
     "recompute_gate_up": "gate and up recomputed in backward",
     "offload_attention": "activations in host memory, gate and up recomputed in backward",

@@ -47,15 +47,16 @@ ADAPTER_ROWS = 64
 NARROW_RANK = 16
 ADAPTER_COLUMNS = {True: 64, False: 32}
 """Columns of such a tile, by whether the ranks are at most `NARROW_RANK`: wider ones take the shared memory."""
-FORWARD_WARPS, FORWARD_STAGES, FORWARD_PROGRAMS = 4, 4, 32
-BACKWARD_WARPS, BACKWARD_STAGES, BACKWARD_PROGRAMS = {True: 8, False: 4}, 3, 4
-"""Warps of a program, tiles on their way from memory at once, and programs a multiprocessor.
+FORWARD_WARPS, FORWARD_STAGES, FORWARD_PROGRAMS = 4, 3, 32
+BACKWARD_WARPS, BACKWARD_STAGES, BACKWARD_PROGRAMS = 4, {True: 2, False: 3}, 3
+"""Warps of a program, tiles on their way from memory at once (in backward by whether ranks are narrow), and
+programs a multiprocessor.
 
 A program walks its columns, and while it computes on one tile the next ones are copied to shared memory: without
 that (one stage) loads and products wait for each other. Measured on one H100 at 8,192 tokens of the 8B shape, rank
-16, milliseconds: backward 1.12 with one stage of 64 × 32, 0.78 with four, 0.67 as here, where copying the same
-bytes takes 0.47; forward 0.45, 0.36 and 0.32 against 0.24. Backward has few programs because each leaves a partial
-sum of the reduction to the adapters' rank; its tiles need twice the registers, hence twice the warps."""
+16, milliseconds: backward 1.12 with one stage of 64 × 32, 0.78 with four, 0.73 with 64 × 64, 8 warps and three, 0.68
+as here, where copying the same bytes takes 0.47; forward 0.45 with one stage of 64 × 32, 0.35 as here against 0.24.
+Backward has few programs because each leaves a partial sum of the reduction to the adapters' rank."""
 SUM_BLOCK = 512
 LARGEST_FUSED_RANK = 64
 """Adapters of a larger rank are added by GEMMs in passes of their own: at rank 256 the products cost more than the
@@ -132,7 +133,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 @jit(do_not_specialize=["tokens"])
 def _backward_kernel(  # type: ignore[no-untyped-def]
     gate_up, grad_act, tokens, inner, gate_up_row, grad_row,
-    ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ACT: tl.constexpr, RECOMPUTE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     col_blocks = tl.cdiv(inner, COLS)
     row = (tl.program_id(0) // col_blocks) * ROWS + tl.arange(0, ROWS)
@@ -146,7 +147,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     value, slope = _activate(g, ACT)
     tl.store(gate_at, (d * u * slope).to(gate_up.dtype.element_ty), mask=live)
     tl.store(gate_at + inner, (d * value).to(gate_up.dtype.element_ty), mask=live)
-    tl.store(grad_at, (value * u).to(grad_act.dtype.element_ty), mask=live)
+    if RECOMPUTE:
+        tl.store(grad_at, (value * u).to(grad_act.dtype.element_ty), mask=live)
 
 
 @jit(do_not_specialize=["tokens", "scale", "tiles"])
@@ -154,7 +156,7 @@ def _adapter_backward_kernel(  # type: ignore[no-untyped-def]
     gate_up, grad_act, xa, b, down_dxa, down_a, grad_xa,
     tokens, inner, tiles, gate_up_row, grad_row, xa_row, b_row, down_dxa_row, down_a_row, scale,
     ACT: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
-    DOWN_RANK: tl.constexpr, DOWN_BLOCK: tl.constexpr, REDUCE: tl.constexpr,
+    DOWN_RANK: tl.constexpr, DOWN_BLOCK: tl.constexpr, REDUCE: tl.constexpr, RECOMPUTE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # A program walks `tiles` blocks of columns of its tokens; grad_xa is [S, T, 2 · RANK], S = tl.num_programs(1)
@@ -219,7 +221,8 @@ def _adapter_backward_kernel(  # type: ignore[no-untyped-def]
             tl.debug_barrier()
         tl.store(gate_at, d_gate, mask=live)
         tl.store(gate_at + inner, d_up, mask=live)
-        tl.store(grad_at, (value * u).to(grad_act.dtype.element_ty), mask=live)
+        if RECOMPUTE:
+            tl.store(grad_at, (value * u).to(grad_act.dtype.element_ty), mask=live)
         if REDUCE:
             grad_xa_g = dot(d_gate, b_g, grad_xa_g)
             grad_xa_u = dot(d_up, b_u, grad_xa_u)
@@ -283,13 +286,13 @@ def _forward(gate_up_TN: Tensor, activation: str, adapter: _Adapter | None, out_
     )  # fmt: skip
 
 
-def _backward(gate_up_TN: Tensor, grad_act_TI: Tensor, activation: str) -> None:
+def _backward(gate_up_TN: Tensor, grad_act_TI: Tensor, activation: str, recompute: bool) -> None:
     tokens, inner = grad_act_TI.shape
     rows, cols = _tile(inner)
     launch(
         _backward_kernel, (-(-tokens // rows) * -(-inner // cols),), gate_up_TN, grad_act_TI,
         tokens, inner, gate_up_TN.stride(0), grad_act_TI.stride(0),
-        ACT=activation, ROWS=rows, COLS=cols, num_warps=4,
+        ACT=activation, RECOMPUTE=recompute, ROWS=rows, COLS=cols, num_warps=4,
     )  # fmt: skip
 
 
@@ -306,7 +309,12 @@ def _stages(dtype: torch.dtype, rank: int, stages: int) -> int:
 
 
 def _adapter_backward(
-    gate_up_TN: Tensor, grad_act_TI: Tensor, activation: str, adapter: _Adapter | None, down: _Pair | None
+    gate_up_TN: Tensor,
+    grad_act_TI: Tensor,
+    activation: str,
+    adapter: _Adapter | None,
+    down: _Pair | None,
+    recompute: bool,
 ) -> Tensor | None:
     tokens, inner = grad_act_TI.shape
     xa, b, rank, scale = adapter or _Adapter(gate_up_TN, gate_up_TN, 0, 1.0)
@@ -328,9 +336,9 @@ def _adapter_backward(
         tokens, inner, tiles, gate_up_TN.stride(0), grad_act_TI.stride(0), xa.stride(0), b.stride(0),
         down_dxa.stride(0), down_a.stride(0), scale,
         ACT=activation, RANK=rank, RANK_BLOCK=rank_block(rank, gate_up_TN.dtype), DOWN_RANK=down_rank,
-        DOWN_BLOCK=rank_block(down_rank, gate_up_TN.dtype), REDUCE=reduce,
-        ROWS=ADAPTER_ROWS, COLS=columns, STAGES=_stages(gate_up_TN.dtype, widest, BACKWARD_STAGES),
-        num_warps=BACKWARD_WARPS[narrow],
+        DOWN_BLOCK=rank_block(down_rank, gate_up_TN.dtype), REDUCE=reduce, RECOMPUTE=recompute,
+        ROWS=ADAPTER_ROWS, COLS=columns, STAGES=_stages(gate_up_TN.dtype, widest, BACKWARD_STAGES[narrow]),
+        num_warps=BACKWARD_WARPS,
     )  # fmt: skip
     if reduce and splits > 1:
         count = grad_xa_TR.numel()
@@ -483,6 +491,7 @@ def glu_backward_reference_(
     scale: float = 1.0,
     down_dxa_TR: Tensor | None = None,
     down_a_RI: Tensor | None = None,
+    recompute: bool = True,
 ) -> Tensor | None:
     """`glu_backward_` in plain torch."""
     gate_TI, up_TI = _gate_and_up(gate_up_TN, xa_TR, b_NR, rank, scale)
@@ -495,7 +504,8 @@ def glu_backward_reference_(
     d_gate_TI, d_up_TI, act_TI = grad_TI * up_TI * slope_TI, grad_TI * value_TI, value_TI * up_TI
     gate_up_TN[:, :inner] = d_gate_TI.to(gate_up_TN.dtype)
     gate_up_TN[:, inner:] = d_up_TI.to(gate_up_TN.dtype)
-    grad_act_TI.copy_(act_TI.to(grad_act_TI.dtype))
+    if recompute:
+        grad_act_TI.copy_(act_TI.to(grad_act_TI.dtype))
     adapter = _adapter(xa_TR, b_NR, rank, scale)
     return None if adapter is None else _grad_xa(gate_up_TN.to(dtype), adapter).to(gate_up_TN.dtype)
 
@@ -557,6 +567,7 @@ def glu_backward_(
     scale: float = 1.0,
     down_dxa_TR: Tensor | None = None,
     down_a_RI: Tensor | None = None,
+    recompute: bool = True,
 ) -> Tensor | None:
     """Gradient of `glu`, in place: `gate_up_TN` becomes `[dgate | dup]`, and `grad_act_TI` becomes `act_TI`.
 
@@ -566,6 +577,7 @@ def glu_backward_(
         activation: that of the forward, as `xa_TR`, `b_NR`, `rank` and `scale` are.
         down_dxa_TR: `[T, r]`, gradient of the down projection's x·Aᵀ, its scale included.
         down_a_RI: `[r, I]`, A of the down projection; the product of the two is added to `grad_act_TI` first.
+        recompute: whether `act_TI` is wanted; without, the content of `grad_act_TI` is undefined afterwards.
 
     Returns:
         The gradient of `xa_TR` in the type of `gate_up_TN`, None without an adapter.
@@ -573,7 +585,7 @@ def glu_backward_(
     if not use_triton(gate_up_TN, "glu_backward_"):
         return glu_backward_reference_(
             gate_up_TN, grad_act_TI, activation=activation, xa_TR=xa_TR, b_NR=b_NR, rank=rank, scale=scale,
-            down_dxa_TR=down_dxa_TR, down_a_RI=down_a_RI,
+            down_dxa_TR=down_dxa_TR, down_a_RI=down_a_RI, recompute=recompute,
         )  # fmt: skip
     assert activation in ACTIVATIONS
     assert gate_up_TN.stride(1) == grad_act_TI.stride(1) == 1
@@ -594,9 +606,10 @@ def glu_backward_(
             activation=activation,
             down_dxa_TR=down_dxa_TR if down else None,
             down_a_RI=down_a_RI if down else None,
+            recompute=recompute,
         )
         return _grad_xa(gate_up_TN, adapter)
     if adapter is None and down is None:
-        _backward(gate_up_TN, grad_act_TI, activation)
+        _backward(gate_up_TN, grad_act_TI, activation, recompute)
         return None
-    return _adapter_backward(gate_up_TN, grad_act_TI, activation, adapter, down)
+    return _adapter_backward(gate_up_TN, grad_act_TI, activation, adapter, down, recompute)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tunesmith.kernels.launch import jit, launch, tl, use_triton
+from tunesmith.kernels.launch import jit, launch, power_of_2, tl, use_triton
 
 NF4_CODE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -37,6 +37,7 @@ WORDS = 512
 word, code, store. 512 words are one row of 4,096 columns."""
 ELEMENTS = 1024
 """Elements of a program that takes them one by one."""
+SMALLEST_BLOCK = 128
 WIDE_AT = 2**31 - 8 * WORDS
 """Matrices with more elements than this are indexed in 64 bits."""
 
@@ -59,17 +60,26 @@ def _absmax(  # type: ignore[no-untyped-def]
 
 @jit(do_not_specialize=["count"])
 def _dequantize_kernel(  # type: ignore[no-untyped-def]
-    packed, absmax, absmax2, code2, offset, code, out, count, columns, out_row,
+    packed, absmax, absmax2, code2, offset, code, out, count, columns, row_blocks, out_row,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE2: tl.constexpr,
     WHOLE: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # WHOLE: `packed` is int32 words of 8 elements that share a row and a block of absmax, `count` and `columns`
     # are in words. Else `packed` is bytes, `count` and `columns` are in elements.
-    first = tl.program_id(0)
+    program = tl.program_id(0)
     if WIDE:
-        first = first.to(tl.int64)
-    item = first * BLOCK + tl.arange(0, BLOCK)
-    live = item < count
+        program = program.to(tl.int64)
+    if CONTIGUOUS:
+        item = program * BLOCK + tl.arange(0, BLOCK)
+        live = item < count
+        row_at = program.to(tl.int64) * 0
+        column = item
+    else:  # a program stays within a row, so that no element has to divide
+        row = program // row_blocks
+        column = (program % row_blocks) * BLOCK + tl.arange(0, BLOCK)
+        item = row * columns + column
+        live = column < columns
+        row_at = row.to(tl.int64) * out_row
     if WHOLE:
         scale = _absmax(absmax, absmax2, code2, offset, item // (BLOCKSIZE // 8), live, NESTED, BLOCKSIZE2)
         word = tl.load(packed + item, mask=live, other=0)
@@ -77,20 +87,22 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
         j = tl.arange(0, 8)[None, :]
         index = (word[:, None] >> ((j // 2) * 8 + 4 - (j % 2) * 4)) & 15
         value = tl.load(code + index) * scale[:, None]
-        if CONTIGUOUS:
-            at = item.to(tl.int64)[:, None] * 8 + j
-        else:
-            at = ((item // columns).to(tl.int64) * out_row + (item % columns) * 8)[:, None] + j
+        at = row_at + column.to(tl.int64)[:, None] * 8 + j
         tl.store(out + at, value.to(out.dtype.element_ty), mask=live[:, None] & (j < 8))
     else:
         scale = _absmax(absmax, absmax2, code2, offset, item // BLOCKSIZE, live, NESTED, BLOCKSIZE2)
         byte = tl.load(packed + item // 2, mask=live, other=0).to(tl.int32)
         value = tl.load(code + ((byte >> (4 - (item % 2) * 4)) & 15)) * scale
-        at = (item // columns).to(tl.int64) * out_row + item % columns
-        tl.store(out + at, value.to(out.dtype.element_ty), mask=live)
+        tl.store(out + row_at + column.to(tl.int64), value.to(out.dtype.element_ty), mask=live)
 
 
 # ---------------------------------------------------------------------- launcher
+
+
+def _row_block(width: int, most: int) -> int:
+    """Items of a program within a row of `width` items: a power of two that divides it, if large enough."""
+    divides = width & -width
+    return min(most, divides) if divides >= SMALLEST_BLOCK else min(most, power_of_2(width))
 
 
 def _dequantize(
@@ -102,18 +114,23 @@ def _dequantize(
     unit = 8 if whole else 1
     if whole:
         packed = packed[: rows * columns // 2].view(torch.int32)
+    contiguous = out_NK.stride(0) == columns
+    count, width = rows * columns // unit, columns // unit
     block = WORDS if whole else ELEMENTS
-    count = rows * columns // unit
+    if not contiguous:
+        block = _row_block(width, block)
+    row_blocks = -(-width // block)
+    programs = -(-count // block) if contiguous else rows * row_blocks
     if nested is None:
         assert absmax is not None
         first, absmax2, code2, offset, blocksize2 = absmax, absmax, absmax, absmax, 1
     else:
         first, absmax2, code2, offset, blocksize2 = nested
     launch(
-        _dequantize_kernel, (-(-count // block),), packed, first, absmax2, code2, offset, code, out_NK,
-        count, columns // unit, out_NK.stride(0),
+        _dequantize_kernel, (programs,), packed, first, absmax2, code2, offset, code, out_NK,
+        count, width, row_blocks, out_NK.stride(0),
         BLOCKSIZE=blocksize, NESTED=nested is not None, BLOCKSIZE2=blocksize2,
-        WHOLE=whole, CONTIGUOUS=out_NK.stride(0) == columns, WIDE=rows * columns > WIDE_AT,
+        WHOLE=whole, CONTIGUOUS=contiguous, WIDE=rows * columns > WIDE_AT,
         BLOCK=block, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 

@@ -36,7 +36,6 @@ from tunesmith.models.adapter_math import (
     output_gradients,
 )
 from tunesmith.models.layer_call import (
-    FOLDED,
     STAGE_TENSORS,
     AllOperands,
     Groups,
@@ -104,7 +103,7 @@ def layer_forward(call: LayerCall, hidden_TD: Tensor) -> tuple[Tensor, Stash]:
     stash.large |= {"middle": middle_TD, "gate_up": gate_up_TN}
     inner, room = call.groups.down.inputs, beside(call.groups.down)
     act_TI = hidden_TD.new_empty(hidden_TD.shape[0], inner + room)[:, :inner]
-    glu(gate_up_TN, **_activation_arguments(call, stash, operands), out_TI=act_TI)
+    stash.large["act"] = glu(gate_up_TN, **_activation_arguments(call, stash, operands), out_TI=act_TI)
     return project_onto(call, "down", middle_TD, act_TI, stash, operands.down, weights), stash
 
 
@@ -163,16 +162,17 @@ def _mlp_backward(
             arguments |= {"down_dxa_TR": grad_u, "down_a_RI": operands.down.a_QK}
         else:
             add_dropped(grad_act_TI, groups.down, operands.down, grad_u, call.seeds[3])
-    grad_gate_up_TN = stash.large.pop("gate_up")
-    # in place: gate and up become their gradients, ∂a becomes a
-    grad_u_gate_up = glu_backward_(grad_gate_up_TN, grad_act_TI, **arguments)
+    grad_gate_up_TN, act_TI = stash.large.pop("gate_up"), stash.large.pop("act", None)
+    # in place: gate and up become their gradients, and ∂a becomes a where that was not kept
+    grad_u_gate_up = glu_backward_(grad_gate_up_TN, grad_act_TI, recompute=act_TI is None, **arguments)
     grads_down: list[Tensor] = []
     if operands.down is not None:
         assert grad_u is not None
         assert grad_b is not None
-        grad_a = adapter_a_gradient(grad_act_TI, groups.down, grad_u, call.seeds[3])
+        act_TI = grad_act_TI if act_TI is None else act_TI
+        grad_a = adapter_a_gradient(act_TI, groups.down, grad_u, call.seeds[3])
         grads_down = split_gradients(groups.down, grad_a, grad_b)
-    del grad_act_TI
+    del grad_act_TI, act_TI
     if operands.gate_up is not None:
         grad_u_gate_up, grad_b = output_gradients(
             grad_gate_up_TN, groups.gate_up, operands.gate_up, small["u_gate_up"], grad_u_TQ=grad_u_gate_up
@@ -218,7 +218,7 @@ def _attention_backward(
     )
     grad_qkv_TN = attention_backward(
         grad_output_TN, qkv_TN, output_TN, saved, stash.backend, call.shape.heads, call.documents,
-        room=groups.qkv.foldable,
+        room=beside(groups.qkv),
     )  # fmt: skip
     call.rope_(grad_qkv_TN, inverse=True)
     grad_u_qkv = grad_b_qkv = None
@@ -268,9 +268,6 @@ class _DecoderLayer(torch.autograd.Function):
         keep = {"input": hidden_TD}
         for stage in call.policy.keep:
             keep |= {name: tensor for name, tensor in stash.large.items() if STAGE_TENSORS[stage](name)}
-        for name, tensor in stash.small.items():
-            if name in FOLDED and (FOLDED[name] not in keep or call.policy.offload):
-                stash.small[name] = tensor.clone()  # it would hold on to the rows that it lies in
         ctx.call, ctx.backend, ctx.handle, ctx.spent = call, stash.backend, None, False
         # a hundredth of what such a layer keeps, and three launches fewer in backward
         ctx.operands = stash.operands if "gate_up" in call.policy.keep else None

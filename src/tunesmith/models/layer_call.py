@@ -114,11 +114,9 @@ STAGE_TENSORS: dict[str, Callable[[str], bool]] = {
     "attention": lambda name: name == "output" or name.startswith("attention."),
     "middle": lambda name: name == "middle",
     "gate_up": lambda name: name == "gate_up",
+    "act": lambda name: name == "act",
 }
 """Which large tensors belong to a stage of a policy."""
-
-FOLDED = {"u_qkv": "qkv", "u_output": "output", "u_gate_up": "gate_up", "u_down": "act"}
-"""Small tensors that may lie in the rows of a large one."""
 
 
 class Weights:

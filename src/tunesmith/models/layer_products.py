@@ -29,8 +29,8 @@ def project_with_adapters(
 ) -> Tensor:
     """x Wᵀ (+ bias); u = x Aᵀ goes into the stash, for the kernel that adds u Bᵀ later.
 
-    Where the weight has room for A, one GEMM with [W; A] gives both, and u lies behind y in rows that leave it room
-    in backward, when ∂y and ∂u take the places of y and u.
+    Where the weight has room for A, one GEMM with [W; A] gives both, in rows that have room for ∂u behind ∂y when
+    backward writes over them.
     """
     group: Group = getattr(call.groups, name)
     small, key, bias_N = stash.small, f"u_{name}", group.bias(x_TK.dtype)
@@ -39,11 +39,15 @@ def project_with_adapters(
     if group.foldable and not call.moves(name):
         weight = weights.get(name, operands)
         if weight.shape[0] > group.columns:
-            if bias_N is not None:
-                bias_N = pad(bias_N, (0, group.foldable))
-            wide_TN = _project(x_TK, weight, bias_N)
-            small[key] = wide_TN[:, group.columns :]
-            return wide_TN[:, : group.columns]
+            rows_TN = x_TK.new_empty(x_TK.shape[0], group.columns + beside(group))
+            wide_TN = rows_TN[:, : weight.shape[0]]
+            if bias_N is None:
+                torch.mm(x_TK, weight.T, out=wide_TN)
+            else:
+                torch.addmm(pad(bias_N, (0, group.foldable)), x_TK, weight.T, out=wide_TN)
+            # a copy: reading u from between wide rows costs the RoPE kernel more than the product would
+            small[key] = wide_TN[:, group.columns :].contiguous()
+            return rows_TN[:, : group.columns]
     else:
         weight = weights.get(name)
     if key not in small:
@@ -70,16 +74,14 @@ def project_onto(
     small, key, bias_D = stash.small, f"u_{name}", group.bias(x_TK.dtype)
     if operands is None:
         return _project(x_TK, weights.get(name), bias_D).add_(residual_TD)
-    inputs, ranks = group.inputs, group.rank
-    room = group.foldable and x_TK.stride(0) == inputs + beside(group)
-    weight = weights.get(name, operands if room else None)
-    if room and weight.shape[1] > inputs:
-        wide_TK = x_TK.as_strided((x_TK.shape[0], inputs + ranks), x_TK.stride())
-        small[key] = torch.mm(x_TK, operands.a_QK.T, out=wide_TK[:, inputs:])
-        return _project(wide_TK, weight, bias_D).add_(residual_TD)
     if key not in small:
         small[key] = adapter_input(x_TK, group, operands, call.seeds[call.groups._fields.index(name)])
-    y_TD = product(x_TK, weight[:, :inputs].T, torch.float32)
+    wide_TK = _with_room(x_TK, group)
+    weight = weights.get(name, None if wide_TK is None else operands)
+    if wide_TK is not None and weight.shape[1] > group.inputs:
+        wide_TK[:, group.inputs :] = small[key]
+        return _project(wide_TK, weight, bias_D).add_(residual_TD)
+    y_TD = product(x_TK, weight.T, torch.float32)
     if bias_D is not None:
         y_TD += bias_D
     return add_residual(y_TD, residual_TD, u_TR=small[key], b_NR=operands.b_NR)
@@ -108,9 +110,9 @@ def input_gradient(
     return (grad_TN @ weight).addmm_(grad_u_TQ, operands.a_QK)
 
 
-def _with_room(grad_TN: Tensor, group: Group) -> Tensor | None:
-    """The rows of ∂y with the columns behind them that were left free for ∂u, or None where none were."""
-    tokens, columns = grad_TN.shape
-    if not group.foldable or grad_TN.stride(0) != columns + group.foldable:
+def _with_room(rows_TN: Tensor, group: Group) -> Tensor | None:
+    """The rows with the columns behind them that were left free for u or ∂u, or None where none were."""
+    tokens, columns = rows_TN.shape
+    if not group.foldable or rows_TN.stride(0) != columns + beside(group):
         return None
-    return grad_TN.as_strided((tokens, columns + group.foldable), grad_TN.stride())
+    return rows_TN.as_strided((tokens, columns + group.foldable), rows_TN.stride())

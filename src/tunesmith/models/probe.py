@@ -90,7 +90,7 @@ def policy_costs(
         held = next(saved[p.name] for p in POLICIES.values() if p.keep == policy.keep and not p.offload)
         moved = held - saved[policy.name]
         # in backward one layer is whole again; of what travels, the layers under way are on the device as well
-        again = (saved["keep"] - held) / fused
+        again = (saved["keep_all"] - held) / fused
         under_way = moved * min(IN_FLIGHT + 1, fused) / fused
         costs.append(PolicyCost(policy.name, saved[policy.name] + again + under_way, moved))
     return tuple(costs)

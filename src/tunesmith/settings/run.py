@@ -77,17 +77,20 @@ class TrainSettings(Section):
     small to keep a GPU busy. `auto`: where that is so. Needs fused layers, no dropout, nothing offloaded."""
 
 
-PolicyName = Literal["auto", "keep", "recompute_gate_up", "offload_attention", "recompute", "offload"]
+PolicyName = Literal[
+    "auto", "keep_all", "keep", "recompute_gate_up", "offload_attention", "recompute", "offload"
+]
 
 
 class MemorySettings(Section):
     """What is kept between forward and backward."""
 
     policy: PolicyName = "auto"
-    """What is held, fastest first: `keep`: every activation; `recompute_gate_up`: all but gate and up, which are
-    computed again; `offload_attention`: the same, in host memory; `recompute`: each layer's input, and the layer runs
-    again; `offload`: the same, in host memory. `auto`: the first of them under which a row fits. All but `keep` and
-    `recompute` need a GPU and fused layers."""
+    """What is held, fastest first: `keep_all`: every activation; `keep`: all but the gated activation, which backward
+    comes by anyway; `recompute_gate_up`: all but gate and up as well, which are computed again; `offload_attention`:
+    the same, in host memory; `recompute`: each layer's input, and the layer runs again; `offload`: the same, in host
+    memory. `auto`: the first of them under which a row fits. All but `keep` and `recompute` need a GPU and fused
+    layers."""
 
 
 class ParallelSettings(Section):
