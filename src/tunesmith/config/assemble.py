@@ -15,6 +15,8 @@ import torch
 from tunesmith.config.prepare_data import PreparedData, Progress, batch_plan, prepare_data
 from tunesmith.contracts.errors import UserError
 from tunesmith.data.cache import cache_folder
+from tunesmith.data.feed import TableFeed
+from tunesmith.data.stream import StreamFeed
 from tunesmith.distributed.single import SingleDevice
 from tunesmith.kernels.canary import ModelShape, check_kernels
 from tunesmith.models.adapter import add_lora, load_lora, train_all
@@ -32,7 +34,7 @@ from tunesmith.settings.run import RunSettings
 from tunesmith.training.checkpoint import CheckpointStore
 from tunesmith.training.optim import Schedule, build_optimizer
 from tunesmith.training.step import ObjectiveLoss
-from tunesmith.training.trainer import Cadence, MicroBatching, Trainer, count_steps, exact_cuda_algorithms
+from tunesmith.training.trainer import Cadence, MicroBatching, Trainer, exact_cuda_algorithms
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Run:
         attention: the row of `models.attention.ATTENTION` in use.
         fit: what a micro-batch holds, and what is kept of it until backward.
         installed: which decoder layers run the hand-written computation; None on a CPU, where it is not faster.
+        no_graphs: why no CUDA graphs are recorded, or None where they are.
         warnings: kernels that failed their check on this card.
     """
 
@@ -55,6 +58,7 @@ class Run:
     backend: SingleDevice
     fit: Fit
     installed: Installed | None
+    no_graphs: str | None
     warnings: tuple[str, ...]
     trainer: Trainer
     store: CheckpointStore
@@ -107,14 +111,15 @@ def _fit(
     """Measure what a token takes, choose what is kept of it, and make the layers do so."""
     trained = sum(p.numel() for p in causal.model.parameters() if p.requires_grad)
     optimizer_and_gradients = trained * 12  # float32 gradient and two moments
-    longest = int(data.corpus.lengths.max())
+    whole_rows = settings.train.packing or settings.data.streaming
+    longest = settings.train.sequence_length if whole_rows else int(data.corpus.lengths.max())
     fit = fit_micro_batch(
         policy=settings.memory.policy,
         costs=policy_costs(causal, backend.autocast(), installed),
         device=backend.device.type,
         free_bytes=_free_bytes(backend.device) - optimizer_and_gradients,
         free_host_bytes=psutil.virtual_memory().available,
-        row_tokens=settings.train.sequence_length if settings.train.packing else longest,
+        row_tokens=longest,
     )
     if not POLICIES[fit.policy].keep:  # also for stock layers, of which a fused model may have some
         causal.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -190,6 +195,10 @@ def _identity(settings: RunSettings, data: PreparedData, causal: CausalModel) ->
     digest.update(repr(data.corpus.weights).encode())
     plain = settings.model_dump(mode="json")
     fixed = {f"{section}.{name}": plain[section][name] for section, names in _FIXED.items() for name in names}
+    if settings.data.mix.strategy != "concatenate":
+        fixed["data.mix"] = plain["data"]["mix"]
+    if settings.data.streaming:
+        fixed["data.buffer_tokens"] = settings.data.buffer_tokens
     commit = getattr(causal.base.config, "_commit_hash", None)
     return fixed | {"data": digest.hexdigest(), "model commit": commit}
 
@@ -213,6 +222,8 @@ def _check_vocabulary(tokenizer: Any, data: PreparedData, causal: CausalModel) -
     rows = causal.base.get_input_embeddings().num_embeddings
     if len(tokenizer) <= rows:
         return
+    if isinstance(data.feed, StreamFeed):
+        data.feed.vocabulary = rows
     for document in range(len(data.corpus)):
         source, index = data.corpus.locate(document)
         largest = int(source.ids(index).max())
@@ -222,6 +233,11 @@ def _check_vocabulary(tokenizer: Any, data: PreparedData, causal: CausalModel) -
                 f"of {data.corpus.where(document)}, and the model has embeddings for {rows} tokens only.",
                 hint="Use the tokenizer that belongs to the model, or resize its embeddings and save it first.",
             )
+
+
+def _count_steps(data: PreparedData, epochs: float) -> int:
+    assert isinstance(data.feed, TableFeed), "config.rules asks for train.steps where the data is streamed"
+    return data.feed.count_steps(epochs)
 
 
 def _cadence(settings: RunSettings, total_steps: int) -> Cadence:
@@ -296,8 +312,7 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
         trust_remote_code=settings.model.trust_remote_code,
     )
     data = prepare_data(settings, tokenizer, progress)
-    plan = batch_plan(settings)
-    total_steps = train.steps or count_steps(data.corpus, data.train_N, plan, train.epochs)
+    total_steps = train.steps or _count_steps(data, train.epochs)
     causal, backend = _model_and_backend(settings, device)
     _check_vocabulary(tokenizer, data, causal)
     installed, warnings = _fuse(settings, causal, device)
@@ -308,14 +323,14 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
         with backend.autocast():
             check_packing(causal)
         fit = _fit(settings, causal, backend, data, installed)
-        _record(settings, backend, installed, fit)
+        no_graphs = _record(settings, backend, installed, fit)
     trainer = Trainer(
         backend=backend,
         loss=ObjectiveLoss(causal, OBJECTIVES[settings.objective.kind]),
         corpus=data.corpus,
         train_N=data.train_N,
         held_out_N=data.held_out_N,
-        plan=plan,
+        plan=batch_plan(settings),
         grouping=MicroBatching(train.micro_batch if isinstance(train.micro_batch, int) else None, fit.tokens),
         schedule=Schedule(
             train.scheduler, learning_rate=train.learning_rate, warmup=train.warmup, total_steps=total_steps
@@ -324,7 +339,19 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
         store=store,
         identity=_identity(settings, data, causal),
         run_dir=run_dir,
+        feed=data.feed,
     )
     return Run(
-        settings, tokenizer, data, causal, attention, backend, fit, installed, warnings, trainer, store
+        settings,
+        tokenizer,
+        data,
+        causal,
+        attention,
+        backend,
+        fit,
+        installed,
+        no_graphs,
+        warnings,
+        trainer,
+        store,
     )

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.data.packing import pack_best_fit, packing_efficiency
+from tunesmith.data.feed import TableFeed
 
 if TYPE_CHECKING:
     from tunesmith.config.assemble import Run
@@ -67,11 +67,14 @@ def _model_line(run: Run) -> str:
     )
 
 
-def data_lines(run: Run) -> list[str]:
-    """One line per source, and one per reason for which rows were dropped."""
+def data_lines(run: Run, *, training_only: bool = False) -> list[str]:
+    """One line per source with its rows, those that were dropped counted by reason, and some of them named."""
     lines = []
     training = len(run.settings.data.train)
-    for number, (name, report) in enumerate(run.data.reports):
+    for number, (name, report) in enumerate(run.data.reports[: training if training_only else None]):
+        if number < training and run.settings.data.streaming and not report.rows_in:
+            lines.append(f"{name}: read while it trains")
+            continue
         kind = "" if number < training else " (held out)"
         dropped = "".join(f", {count:,} dropped: {reason}" for reason, count in report.dropped.items())
         cut = (
@@ -92,17 +95,22 @@ _KEPT = {
 }
 
 
+def _rows_line(run: Run) -> str:
+    """What an epoch becomes; of a stream only what is known before it is read."""
+    settings, data = run.settings, run.data
+    if not isinstance(data.feed, TableFeed):
+        return f"streamed through a buffer of {settings.data.buffer_tokens:,} tokens"
+    rows, _ = data.feed.epoch(0)
+    lengths_E = data.corpus.lengths[[document for row in rows for document in row]]
+    line = f"{len(data.train_N):,} rows, {int(data.corpus.lengths[data.train_N].sum()):,} tokens → {len(rows):,} "
+    if not settings.train.packing:
+        return f"{line}rows"
+    full = lengths_E.sum() / (len(rows) * settings.train.sequence_length)
+    return f"{line}packs of up to {settings.train.sequence_length:,} tokens ({full:.1%} full)"
+
+
 def _plan_lines(run: Run) -> list[str]:
-    settings, corpus = run.settings, run.data.corpus
-    lengths_N = corpus.lengths[run.data.train_N]
-    unit = "rows"
-    if settings.train.packing:
-        packs = pack_best_fit(lengths_N, settings.train.sequence_length)
-        full = packing_efficiency(lengths_N, packs, settings.train.sequence_length)
-        unit = f"packs of up to {settings.train.sequence_length:,} tokens ({full:.1%} full)"
-        count = len(packs)
-    else:
-        count = len(lengths_N)
+    settings = run.settings
     batch = settings.train.global_batch
     grouping = run.trainer.grouping
     micro = (
@@ -111,11 +119,16 @@ def _plan_lines(run: Run) -> list[str]:
         else f"up to {grouping.max_tokens:,} tokens"
     )
     return [
-        f"{len(lengths_N):,} rows, {int(lengths_N.sum()):,} tokens → {count:,} {unit}; "
-        f"{len(run.data.held_out_N):,} rows held out",
+        f"{_rows_line(run)}; {len(run.data.held_out_N):,} rows held out",
         f"{run.trainer.cadence.total_steps:,} steps of {batch}{' rows' if isinstance(batch, int) else ''}; "
         f"micro-batches of {micro}, {_KEPT[run.fit.policy]}; {run.attention} attention",
     ]
+
+
+def _graphs(run: Run) -> str:
+    if run.no_graphs is None:
+        return "forward and backward are recorded and replayed"
+    return f"none: {run.no_graphs}"
 
 
 def print_plan(console: Console, run: Run) -> None:
@@ -127,6 +140,7 @@ def print_plan(console: Console, run: Run) -> None:
         [
             ("model", _model_line(run)),
             *(("layers", f"{what}: {how}, {why}") for what, how, why in layers),
+            *([("graphs", _graphs(run))] if run.installed is not None and run.installed.fused else []),
             ("data", "\n".join([*data_lines(run), *notes])),
             ("plan", "\n".join(_plan_lines(run))),
             ("output", run.settings.output.dir),
