@@ -71,7 +71,8 @@ def _attention_half(
         )
         large["output"] = output_TN
         large |= {f"attention.{number}": tensor for number, tensor in enumerate(saved)}
-    return project_onto(call, "output", hidden_TD, large["output"], stash, operands.output, weights)
+    output_TN = call.only(large["output"], beside(groups.output))
+    return project_onto(call, "output", call.only(hidden_TD), output_TN, stash, operands.output, weights)
 
 
 def _gate_up(
@@ -94,7 +95,7 @@ def _activation_arguments(call: LayerCall, stash: Stash, operands: AllOperands) 
 
 
 def layer_forward(call: LayerCall, hidden_TD: Tensor) -> tuple[Tensor, Stash]:
-    """Output of the layer `[T, D]`, and everything that its backward may want to keep."""
+    """Output of the layer `[T, D]`, of `call.rows` where given, and everything that its backward may want to keep."""
     operands = AllOperands.build(call.groups, hidden_TD.dtype)
     stash = Stash(operands=operands)
     weights = Weights(call.groups, hidden_TD.dtype, again=False)
@@ -102,7 +103,7 @@ def layer_forward(call: LayerCall, hidden_TD: Tensor) -> tuple[Tensor, Stash]:
     gate_up_TN = _gate_up(call, middle_TD, stash, operands, weights)
     stash.large |= {"middle": middle_TD, "gate_up": gate_up_TN}
     inner, room = call.groups.down.inputs, beside(call.groups.down)
-    act_TI = hidden_TD.new_empty(hidden_TD.shape[0], inner + room)[:, :inner]
+    act_TI = hidden_TD.new_empty(middle_TD.shape[0], inner + room)[:, :inner]
     stash.large["act"] = glu(gate_up_TN, **_activation_arguments(call, stash, operands), out_TI=act_TI)
     return project_onto(call, "down", middle_TD, act_TI, stash, operands.down, weights), stash
 
@@ -209,13 +210,15 @@ def _attention_backward(
     grads_output: list[Tensor] = []
     if operands.output is not None:
         grad_u, grad_b = output_gradients(grad_TD, groups.output, operands.output, small["u_output"])
+        picked_TN = call.only(output_TN)
         grad_a = input_gradients(
-            grad_output_TN, output_TN, groups.output, operands.output, grad_u, call.seeds[1]
+            grad_output_TN, picked_TN, groups.output, operands.output, grad_u, call.seeds[1]
         )
         grads_output = split_gradients(groups.output, grad_a, grad_b)
     saved = tuple(
         large[f"attention.{n}"] for n in range(sum(name.startswith("attention.") for name in large))
     )
+    grad_TD, grad_output_TN = call.spread(grad_TD), call.spread(grad_output_TN)
     grad_qkv_TN = attention_backward(
         grad_output_TN, qkv_TN, output_TN, saved, stash.backend, call.shape.heads, call.documents,
         room=beside(groups.qkv),

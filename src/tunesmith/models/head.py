@@ -21,6 +21,9 @@ from tunesmith.contracts.errors import UserError
 from tunesmith.kernels.linear_logprob import linear_cross_entropy, linear_logprob
 from tunesmith.models.attention import document_kwargs
 
+FEW = 0.75
+"""Share of a row's positions up to which taking them out of it in the last layer saves time."""
+
 _LOGIT_RULES: dict[str, tuple[str, bool]] = {
     # attribute of the config: (what it is, whether it divides)
     "logit_scale": ("scale", False),  # Cohere
@@ -99,20 +102,32 @@ class CausalModel:
             head = head.modules_to_save[head.active_adapters[0]]
         return head
 
-    def hidden(self, batch: TokenBatch) -> Tensor:
-        """Final hidden states `[T, D]` of a packed row, each document seeing itself only."""
+    def hidden(self, batch: TokenBatch, rows_S: Tensor | None = None) -> Tensor:
+        """Final hidden states `[T, D]` of a packed row, each document seeing itself only.
+
+        Args:
+            rows_S: positions that the caller is going to read. A fused last layer computes only these after its
+                attention, and the result is then `[S, D]` in their order.
+        """
+        wanted = {} if rows_S is None else {"wanted_rows": rows_S}
         output = self.backbone(
             input_ids=batch.ids_T[None],
             position_ids=batch.position_ids_T[None],
             use_cache=False,
             **document_kwargs(batch),
+            **wanted,
         )
         hidden_TD: Tensor = output.last_hidden_state[0]
         return hidden_TD
 
     def score(self, batch: TokenBatch) -> HeadScorer:
         """Run the backbone and return the scorer of the batch's supervised tokens."""
-        return self.scorer(self.hidden(batch).index_select(0, batch.logit_index_S), batch.targets_S)
+        rows_S = batch.logit_index_S
+        few = batch.supervised <= FEW * batch.tokens
+        hidden_TD = self.hidden(batch, rows_S if few else None)
+        if few and hidden_TD.shape[0] == batch.supervised:
+            return self.scorer(hidden_TD, batch.targets_S)
+        return self.scorer(hidden_TD.index_select(0, rows_S), batch.targets_S)
 
     def scorer(self, hidden_SD: Tensor, targets_S: Tensor) -> HeadScorer:
         """The head over given hidden states `[S, D]`; reads the head's parameters anew at every call."""

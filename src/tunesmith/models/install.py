@@ -93,11 +93,14 @@ class Installed:
 class _FusedForward:
     """The `forward` of one layer instance."""
 
-    def __init__(self, layer: Any, row: Architecture, shape: LayerShape, installed: Installed) -> None:
+    def __init__(
+        self, layer: Any, row: Architecture, shape: LayerShape, installed: Installed, *, last: bool
+    ) -> None:
         # the function and not the bound method: a deep copy of the model must fall back to its own weights
         self._stock = getattr(layer.forward, "__func__", layer.forward)
         self._shape = shape
         self._installed = installed
+        self._last = last
         get = {name: attrgetter(name) for name in (*row.qkv, row.output, *row.gate_up, row.down, *row.norms)}
         # modules are looked up at every call: PEFT replaces a linear layer by a wrapper when an adapter is added
         self._groups: tuple[tuple[Callable[[Any], Any], ...], ...] = (
@@ -157,10 +160,11 @@ class _FusedForward:
             policy=self._installed.policy,
             offloader=self._installed.offloader,
             seeds=dropout_seeds(groups),
+            rows=kwargs.get("wanted_rows") if self._last else None,
         )
         out_TD = run_layer(call, hidden_BTD.reshape(batch * tokens, width))
         # a tensor of its own for autograd: FSDP2 hooks backward onto what a layer returns, and warns of views
-        out_BTD: Tensor = torch.ops.aten._unsafe_view(out_TD, (batch, tokens, width))
+        out_BTD: Tensor = torch.ops.aten._unsafe_view(out_TD, (batch, -1, width))
         return out_BTD
 
 
@@ -233,7 +237,8 @@ def install(model: Any, *, policy: str = "keep") -> Installed:
     installed = Installed(model, POLICIES[policy], Offloader(enabled=device.type == "cuda"))
     config = base.config.get_text_config()
     row, reason = find_architecture(config)
-    for number, layer in enumerate(_decoder_layers(model)):
+    layers = _decoder_layers(model)
+    for number, layer in enumerate(layers):
         if row is None:
             installed.stock.append((f"layers.{number}", reason))
             continue
@@ -242,7 +247,7 @@ def install(model: Any, *, policy: str = "keep") -> Installed:
         except NotFusableError as error:
             installed.stock.append((f"layers.{number}", str(error)))
             continue
-        _replace_forward(layer, row, _shape_of(config, row), installed)
+        _replace_forward(layer, row, _shape_of(config, row), installed, last=number == len(layers) - 1)
         installed.layers.append(layer)
         installed.fused.append(f"layers.{number}")
     if installed.fused:
@@ -250,10 +255,12 @@ def install(model: Any, *, policy: str = "keep") -> Installed:
     return installed
 
 
-def _replace_forward(layer: Any, row: Architecture, shape: LayerShape, installed: Installed) -> None:
+def _replace_forward(
+    layer: Any, row: Architecture, shape: LayerShape, installed: Installed, *, last: bool
+) -> None:
     for names in (row.qkv, row.gate_up):
         join_weights([read_projection(attrgetter(name)(layer)).base for name in names])
-    forward = _FusedForward(layer, row, shape, installed)
+    forward = _FusedForward(layer, row, shape, installed, last=last)
     _override(layer, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs), installed)
 
 

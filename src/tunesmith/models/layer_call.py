@@ -56,6 +56,7 @@ class LayerCall:
         norms: the modules of the two norms.
         cos_TK: RoPE cosines of every token; sin_TK likewise.
         seeds: seeds of the four groups' dropout masks.
+        rows: int64 `[S]`, positions of the row that anything reads from this layer's output; None for all.
     """
 
     shape: LayerShape
@@ -67,6 +68,7 @@ class LayerCall:
     policy: Policy
     offloader: Offloader
     seeds: tuple[int, int, int, int]
+    rows: Tensor | None = None
 
     def rope_(
         self, qkv_TN: Tensor, *, inverse: bool = False, adapter: tuple[Tensor, Tensor, int] | None = None
@@ -79,6 +81,21 @@ class LayerCall:
             heads=heads.query, kv_heads=heads.key_value, head_dim=heads.size, rotary_dim=self.shape.rotary_dim,
             inverse=inverse, xa_TR=u_TQ, b_NR=b_NR, rank=rank,
         )  # fmt: skip
+
+    def only(self, full_TK: Tensor, room: int = 0) -> Tensor:
+        """The rows that are read from the layer's output, `[S, K]`, with `room` more columns behind them."""
+        if self.rows is None:
+            return full_TK
+        tokens, columns = self.rows.shape[0], full_TK.shape[1]
+        picked_SK = full_TK.new_empty(tokens, columns + room)[:, :columns]
+        return picked_SK.copy_(full_TK.index_select(0, self.rows))
+
+    def spread(self, picked_SK: Tensor) -> Tensor:
+        """The gradient `[T, K]` of what `only` took its rows from."""
+        if self.rows is None:
+            return picked_SK
+        full_TK = picked_SK.new_zeros(self.cos_TK.shape[0], picked_SK.shape[1])
+        return full_TK.index_add_(0, self.rows, picked_SK)  # a position may have two targets
 
     def moves(self, stage: str) -> bool:
         """Whether the policy moves the result of a stage to the host, which takes it in one piece."""
