@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.support.tiny import tiny_llama
+from tunesmith.config import assemble
 from tunesmith.config.assemble import _record
 from tunesmith.config.load import load_settings
 from tunesmith.contracts.errors import UserError
@@ -32,6 +33,18 @@ def backend(device: str = "cuda", scaled: bool = False) -> Any:
 def fused(dropout: float = 0.0, policy: str = "keep") -> Installed:
     model = add_lora(tiny_llama(), rank=2, alpha=4, dropout=dropout, targets="all-linear", seed=0)
     return install(model, policy=policy)
+
+
+@pytest.fixture(autouse=True)
+def _free(monkeypatch):
+    monkeypatch.setattr(assemble, "_free_bytes", lambda _device: 80 * 2**30)
+
+
+def test_what_fits_once_only_is_not_recorded():
+    tight = Fit(policy="keep", tokens=4096, bytes_per_token=60 * 2**30 / 4096)
+    found = _record(settings(), backend(), fused(), tight)
+    assert found is not None
+    assert "fit twice" in found
 
 
 def test_small_models_are_recorded_and_large_ones_are_not():

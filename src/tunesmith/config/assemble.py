@@ -28,7 +28,7 @@ from tunesmith.models.loader import choose_device, choose_dtype, load_model, loa
 from tunesmith.models.policy import POLICIES
 from tunesmith.models.probe import policy_costs
 from tunesmith.objectives.table import OBJECTIVES
-from tunesmith.planning.fit import STOCK_POLICIES, Fit, fit_micro_batch
+from tunesmith.planning.fit import STOCK_POLICIES, USABLE, Fit, fit_micro_batch
 from tunesmith.planning.graphs import graphs_pay
 from tunesmith.settings.run import RunSettings
 from tunesmith.training.checkpoint import CheckpointStore
@@ -175,6 +175,8 @@ def _record(
         assert installed is not None
         if not graphs_pay(tokens=fit.tokens, layer_parameters=installed.layer_parameters()):
             reason = "the model keeps the GPU busy without"
+        elif 2 * fit.bytes_per_token * fit.tokens > USABLE * _free_bytes(backend.device):
+            reason = "activations would have to fit twice, in the graphs and beside them"
     backend.use_graphs = reason is None
     return reason
 
