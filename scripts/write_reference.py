@@ -11,6 +11,7 @@ and with the version of a library.
 from __future__ import annotations
 
 import ast
+import datetime
 import re
 import subprocess
 import sys
@@ -42,7 +43,13 @@ not `16`. `model.name` and `data.train` have no default. Any setting can be repl
 """
 
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-_NAMES: dict[Any, str] = {int: "whole number", float: "number", str: "text", bool: "true, false"}
+_NAMES: dict[Any, str] = {
+    int: "whole number",
+    float: "number",
+    str: "text",
+    bool: "true, false",
+    datetime.date: "date",
+}
 
 
 # ---------------------------------------------------------------- settings

@@ -110,7 +110,8 @@ memory: 3
         "run.yaml:10: seed is given twice; it already stands at run.yaml:9",
         "run.yaml:1: model is missing; this setting has no default",
         "run.yaml:4: data.train.0.path is missing; this setting has no default",
-        "run.yaml:4: unknown setting data.train.0.pth; expected one of path, format, columns, weight, split,"
+        "run.yaml:4: unknown setting data.train.0.pth; expected one of path, format, columns, template, role_key,"
+        " content_key, train_key, roles, train_roles, last_answer_only, reasoning, tool_calls, weight, split,"
         " name, revision (did you mean path?)",
         "run.yaml:7: train.packing is 'no'; expected true or false",
         "run.yaml:11: train.global_batch is 'many'; expected a whole number or a number of tokens such as"
@@ -165,8 +166,9 @@ memory: 3
         ),
         (
             "data: {train: [{path: a}], eval: [{path: b, spilt: c}]}",
-            "unknown setting data.eval.0.spilt; expected one of path, format, columns, weight, split, name,"
-            " revision (did you mean split?)",
+            "unknown setting data.eval.0.spilt; expected one of path, format, columns, template, role_key,"
+            " content_key, train_key, roles, train_roles, last_answer_only, reasoning, tool_calls, weight, split,"
+            " name, revision (did you mean split?)",
         ),
     ],
 )

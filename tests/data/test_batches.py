@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.support.documents import ListedDocuments, random_corpus
 from tunesmith.data.batches import BatchPlan, Corpus, collate, micro_batches, rows_of_epoch, steps_of_epoch
+from tunesmith.data.mixing import Mix
+from tunesmith.data.table import DataReport, TableWriter, TokenTable
 
 
 def _plan(**changes) -> BatchPlan:
@@ -105,3 +109,73 @@ def test_fractional_weights_choose_other_rows_each_epoch():
     drawn = [set(corpus.draw(np.arange(100), seed=3, epoch=epoch).tolist()) for epoch in (0, 1)]
     assert [len(documents) for documents in drawn] == [25, 25]
     assert drawn[0] != drawn[1]
+
+
+class _Pairs(ListedDocuments):
+    """Documents with the groups that are given."""
+
+    def __init__(self, lengths: list[int], groups: list[int]) -> None:
+        super().__init__([[1] * length for length in lengths])
+        self.groups = np.array(groups, dtype=np.int64)
+
+
+@st.composite
+def _grouped(draw: st.DrawFn) -> tuple[Corpus, list[tuple[int, ...]]]:
+    """Two sources with groups of one to three documents of up to 64 tokens together, and the groups."""
+    sources, groups, total = [], [], 0
+    for _ in range(2):
+        sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=15))
+        numbers = np.repeat(np.arange(len(sizes)), sizes).tolist()
+        lengths = draw(st.lists(st.integers(2, 21), min_size=len(numbers), max_size=len(numbers)))
+        sources.append(_Pairs(lengths, numbers))
+        for size in sizes:
+            groups.append(tuple(range(total, total + size)))
+            total += size
+    return Corpus(sources), groups
+
+
+@given(_grouped(), st.booleans(), st.sampled_from([Mix(), Mix("interleave", "all_exhausted")]))
+def test_groups_share_a_row_and_no_row_is_over_its_capacity(made, packing, mix):
+    corpus, groups = made
+    rows = rows_of_epoch(corpus, np.arange(len(corpus)), _plan(packing=packing, mix=mix), 0)
+    by_first = {group[0]: group for group in groups}
+    seen: list[tuple[int, ...]] = []
+    for row in rows:
+        assert corpus.lengths[list(row)].sum() <= 64
+        rest = list(row)
+        while rest:
+            group = by_first[rest[0]]
+            assert tuple(rest[: len(group)]) == group
+            seen.append(group)
+            del rest[: len(group)]
+    if mix.interleaved:
+        assert set(seen) == set(groups)
+    else:
+        assert sorted(seen) == groups
+    if not packing:
+        assert all(row in groups for row in rows)
+
+
+@given(_grouped(), st.floats(0.0, 0.9))
+def test_groups_are_held_out_as_a_whole(made, fraction):
+    corpus, groups = made
+    train, held = corpus.hold_out(fraction, None, seed=1)
+    assert sorted([*train, *held]) == list(range(len(corpus)))
+    held_out = set(held.tolist())
+    assert all(len(held_out & set(group)) in (0, len(group)) for group in groups)
+    assert sum(group[0] in held_out for group in groups) == max(
+        min(round(len(groups) * fraction), len(groups) - 1), int(fraction > 0)
+    )
+
+
+def test_a_token_table_tells_its_groups(tmp_path):
+    with TableWriter(tmp_path) as writer:
+        for number, joined in enumerate([False, True, False, False, True]):
+            writer.add(np.array([1, 2]), np.array([False, True]), number, "a", joined=joined)
+        writer.finish(DataReport(rows_kept=5, tokens=10))
+    table = TokenTable(tmp_path)
+    assert table.largest == 2
+    corpus = Corpus([table])
+    assert corpus.firsts(np.arange(5)).tolist() == [0, 2, 3]
+    assert corpus.members([(3, 0), (2,)]) == [(3, 4, 0, 1), (2,)]
+    assert corpus.group_lengths(np.array([0, 2, 3])).tolist() == [4, 2, 4]

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.chat import ROLES, RowProblem, read_messages, read_tools
+from tunesmith.data.chat import ROLES, RowProblem, finish_messages, read_messages, read_tools
+from tunesmith.data.reading import Reading
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
@@ -94,6 +95,150 @@ def test_typed_parts() -> None:
         "reasoning_content": "think",
         "tool_calls": [CALL, CALL],
     }
+
+
+def test_reasoning_in_front_of_an_answer_is_split_off() -> None:
+    def finished(answer: dict[str, Any], **options: Any) -> dict[str, Any]:
+        messages, _ = finish_messages(read_messages([USER, answer]), None, Reading(**options))
+        return messages[1]
+
+    thought = {"role": "assistant", "content": " <think>\nR </think>\n\n A\n"}
+    assert finished(thought) == {"role": "assistant", "content": "A\n", "reasoning_content": "R"}
+    assert finished(thought, reasoning="keep") == thought
+    # the same thought twice is one; two different ones both stay
+    twice = {**thought, "reasoning_content": "R"}
+    assert finished(twice) == {"role": "assistant", "content": "A\n", "reasoning_content": "R"}
+    assert finished({**thought, "thinking": "other"})["content"] == thought["content"]
+    for text in ("<think>\n\n</think>\n\nA", "A <think>R</think>", "<think>cut off", "R</think>A"):
+        assert finished({"role": "assistant", "content": text}) == {"role": "assistant", "content": text}
+    quoted = read_messages([{"role": "user", "content": "<think>Q</think>R"}, ANSWER])
+    assert finish_messages(quoted, None)[0][0]["content"] == "<think>Q</think>R"
+
+
+@pytest.mark.parametrize(
+    ("marks", "expected"),
+    [
+        ({"train": True}, {"train": True}),
+        ({"training": "false"}, {"train": False}),
+        ({"loss": 0}, {"train": False}),
+        ({"mask": True}, {"train": False}),
+        ({"train": None, "mask": 0}, {"train": True}),
+        ({"weight": 0}, {"weight": 0.0}),
+        ({"weight": 0.5, "train": True}, {"weight": 0.5, "train": True}),
+        ({"loss_weight": 1.0}, {"weight": 1.0}),
+        ({"train": None, "weight": None, "loss_weight": None}, {}),
+    ],
+)
+def test_whether_a_message_trains(marks: dict[str, Any], expected: dict[str, Any]) -> None:
+    (message,) = read_messages([{**ANSWER, **marks}])
+    assert message == {**ANSWER, **expected}
+
+
+def test_a_loss_weight_makes_a_question_train_and_a_weight_does_not() -> None:
+    read = read_messages(
+        [{**USER, "loss_weight": 0.5}, {**USER, "loss_weight": 0}, {**USER, "weight": 1}, ANSWER]
+    )
+    assert read[:3] == [{**USER, "weight": 0.5, "train": True}, {**USER, "weight": 0.0}, USER]
+
+
+@pytest.mark.parametrize(
+    ("marks", "reason"),
+    [
+        ({"train": "perhaps"}, "bad train mark"),
+        ({"train": []}, "bad train mark"),
+        ({"mask": 2}, "bad train mark"),
+        ({"weight": -1}, "bad weight"),
+        ({"weight": True}, "bad weight"),
+        ({"weight": "1"}, "bad weight"),
+        ({"weight": float("nan")}, "bad weight"),
+        ({"loss_weight": 10**400}, "bad weight"),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": True}]}, "unsupported content"),
+    ],
+)
+def test_marks_that_mean_nothing(marks: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RowProblem) as caught:
+        read_messages([{**ANSWER, **marks}])
+    assert caught.value.reason == reason
+
+
+def test_unusual_keys_and_roles() -> None:
+    raw = [
+        {"who": "Patient", "says": "Q", "learn": 1},
+        {"who": "DOCTOR", "says": "A", "learn": 0, "train": True},
+        {"who": "gpt", "says": "B"},
+    ]
+    reading = Reading(
+        role_key="who",
+        content_key="says",
+        train_key="learn",
+        roles={"patient": "user", "Doctor": "assistant"},
+    )
+    assert read_messages(raw, reading) == [
+        {"role": "user", "content": "Q", "train": True},
+        {"role": "assistant", "content": "A", "train": False},
+        {"role": "assistant", "content": "B"},
+    ]
+    with pytest.raises(RowProblem, match="unknown role"):
+        read_messages(raw)
+    for role, content in (("sender", "text"), ("speaker", "utterance"), ("author", "message")):
+        assert read_messages([{role: "human", content: "Hi"}, ANSWER]) == [USER, ANSWER]
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        ["Hi", "Hello"],
+        [{"input": "Hi", "output": "Hello"}],
+        [{"user": "Hi", "assistant": "Hello", "system": None}],
+        [{"human": "Hi", "bot": "Hello"}],
+        [{"question": "Hi", "answer": "Hello", "role": None}],
+        '[{"prompt": "Hi", "response": "Hello"}]',
+    ],
+)
+def test_turns_without_roles_alternate(turns: Any) -> None:
+    assert read_messages(turns) == [USER, ANSWER]
+
+
+def test_an_exchange_may_bring_its_system_prompt() -> None:
+    read = read_messages([{"system": "S", "input": "Hi", "output": "Hello"}])
+    assert read == [{"role": "system", "content": "S"}, USER, ANSWER]
+
+
+def test_keys_that_arrow_added_are_gone() -> None:
+    part = {"type": "text", "text": "Hi", "image_url": None, "value": None}
+    arguments = {"city": "Oslo", "days": None, "where": {"x": 1, "y": None}, "list": [None, {"a": None}]}
+    call = {"id": None, "type": "function", "function": {"name": "f", "arguments": arguments}}
+    read = read_messages(
+        [
+            {"role": None, "from": "human", "content": [part], "value": None, "tool_calls": None},
+            {"role": "assistant", "content": None, "tool_calls": [call], "weight": None},
+            {"role": "tool", "content": {"celsius": 4, "error": None}},
+        ]
+    )
+    assert read[0] == USER
+    assert read[1]["tool_calls"][0] == {
+        "type": "function",
+        "function": {
+            "name": "f",
+            "arguments": {"city": "Oslo", "where": {"x": 1}, "list": [None, {}]},
+        },
+    }
+    assert read[2]["content"] == '{"celsius": 4}'
+    # a JSON string is what somebody wrote: its nulls are meant
+    written = {"name": "f", "arguments": '{"city": null}'}
+    (message,) = read_messages([{"role": "assistant", "tool_calls": [written]}])
+    assert message["tool_calls"][0]["function"]["arguments"] == {"city": None}
+    meant = '[{"name": "f", "parameters": {"default": null}}]'
+    assert read_tools(meant) == [
+        {"type": "function", "function": {"name": "f", "parameters": {"default": None}}}
+    ]
+    properties = {"city": {"type": "string", "enum": None}, "other": None}
+    assert read_tools([{"name": "f", "parameters": {"properties": properties}}]) == [
+        {
+            "type": "function",
+            "function": {"name": "f", "parameters": {"properties": {"city": {"type": "string"}}}},
+        }
+    ]
 
 
 @pytest.mark.parametrize(
@@ -190,11 +335,16 @@ anything = st.recursive(
 )
 
 
-@given(messages=anything, tools=anything)
-def test_nothing_but_a_row_problem_comes_out(messages: Any, tools: Any) -> None:
+@given(
+    messages=anything,
+    tools=anything,
+    notation=st.sampled_from(["auto", "text", "hermes", "llama3", "glaive"]),
+)
+def test_nothing_but_a_row_problem_comes_out(messages: Any, tools: Any, notation: Any) -> None:
     try:
-        read = read_messages(messages)
-        read_tools(tools)
+        read, _ = finish_messages(
+            read_messages(messages), read_tools(tools), Reading(tool_calls=notation, train_roles=("tool",))
+        )
     except RowProblem:
         return
     assert all(isinstance(message["content"], str) for message in read)

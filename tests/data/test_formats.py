@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.contracts.errors import DataError
-from tunesmith.data.formats import FORMATS, Conversation, RowProblem, Text, convert, resolve_format
+from tunesmith.data.formats import (
+    FORMATS,
+    KINDS,
+    Conversation,
+    Item,
+    Labelled,
+    Preference,
+    Reading,
+    RowProblem,
+    Text,
+    convert,
+    resolve_format,
+)
 from tunesmith.data.sources import open_source
+from tunesmith.settings.data import FormatName
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
 
-def read(record: dict[str, Any], name: str = "auto", **columns: str) -> Conversation | Text:
+def read(record: dict[str, Any], name: str = "auto", **columns: str) -> Item:
     return convert(resolve_format(name, columns, record), record, columns)
 
 
@@ -26,13 +39,31 @@ def turns(record: dict[str, Any], name: str = "auto", **columns: str) -> list[tu
     return [(message["role"], message["content"]) for message in item.messages]
 
 
+NAMED_ONLY = {"prompt_completion", "custom", "chosen", "approved"}
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_reads_and_detects_its_example(name: str) -> None:
     row = FORMATS[name]
-    found = resolve_format("auto", {}, row.example)
-    assert found is row
-    assert isinstance(convert(row, row.example, {}), Conversation | Text)
-    assert {key for key, column in row.columns.items() if column.required} <= row.example.keys()
+    found = resolve_format(
+        "auto" if name not in NAMED_ONLY else name, {}, row.example, reading=row.reading, kinds=KINDS
+    )
+    assert found.name == row.name
+    assert found.kind is row.kind
+    assert type(convert(found, row.example, {})) is row.kind
+    assert {key for key, column in found.columns.items() if column.required} <= row.example.keys() or any(
+        alias in row.example for column in found.columns.values() for alias in column.aliases
+    )
+
+
+@pytest.mark.parametrize("name", sorted({row.name for row in FORMATS.values()} - NAMED_ONLY))
+def test_no_example_is_taken_by_another_format_before(name: str) -> None:
+    fitting = [row.name for row in FORMATS.values() if row.detect(FORMATS[name].example.keys())]
+    assert fitting[0] == name
+
+
+def test_every_format_can_be_named_in_the_settings() -> None:
+    assert {*get_args(FormatName)} == {"auto", *FORMATS}
 
 
 def test_alpaca() -> None:
@@ -126,19 +157,83 @@ def test_a_named_format_needs_its_columns() -> None:
 
 
 @pytest.mark.parametrize(
-    "record",
+    ("record", "name"),
     [
-        {"conversations": [], "chosen": {}, "rejected": {}},
-        {"prompt": "Q", "chosen": "A", "rejected": "B"},
-        {"messages": [], "label": True},
-        {"instruction": "Q", "output": "A", "label": False},
-        {"prompt": "Q", "completion": "A", "label": True},
-        {"chosen_messages": [], "rejected_messages": []},
+        ({"conversations": [], "chosen": {}, "rejected": {}}, "preference"),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "preference"),
+        ({"question": "Q", "response_j": "A", "response_k": "B"}, "preference"),
+        ({"chosen_messages": [], "rejected_messages": []}, "preference"),
+        ({"messages": [], "label": True}, "labelled"),
+        ({"instruction": "Q", "output": "A", "label": False}, "labelled"),
+        ({"prompt": "Q", "completion": "A", "label": True}, "labelled"),
+        ({"prompt": "Q", "completions": [], "labels": []}, "stepwise"),
+        ({"prompt": "Q", "ground_truth": "A"}, "prompt"),
     ],
 )
-def test_preference_data_is_never_taken_for_answers(record: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=r"No format matches.*preference data"):
+def test_rows_that_must_not_be_imitated_are_refused_in_one_sentence(
+    record: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(DataError, match=f"are of the format {name}: .*this run trains on conv"):
         resolve_format("auto", {}, record)
+    with pytest.raises(DataError, match=f"The format {name} gives .*, and this run trains on conv"):
+        resolve_format(name, {}, record)
+    assert resolve_format("auto", {}, record, kinds=KINDS).name == name
+
+
+def test_a_refusal_says_which_format_trains_on_the_good_answers() -> None:
+    with pytest.raises(DataError) as caught:
+        resolve_format("auto", {}, {"prompt": "Q", "chosen": "A", "rejected": "B"})
+    assert caught.value.hint == "`format: chosen` trains on the better answer of each row."
+
+
+def test_a_lone_mark_of_preference_matches_nothing() -> None:
+    with pytest.raises(DataError, match=r"No format matches.*preference data"):
+        resolve_format("auto", {}, {"prompt": "Q", "chosen": "A"})
+
+
+def test_columns_in_capitals() -> None:
+    assert turns({"INSTRUCTION": "Q", "RESPONSE": "A"}) == [("user", "Q"), ("assistant", "A")]
+    assert turns({"Question": "Q", "Answer": "A"}) == [("user", "Q"), ("assistant", "A")]
+    # a column in capitals is not taken where the format's own name is there
+    assert turns({"question": "Q", "QUESTION": "no", "answer": "A"})[0] == ("user", "Q")
+
+
+def test_kinds_decide_what_auto_looks_for() -> None:
+    record = {"prompt": "Q", "completion": "A", "chosen": "A", "rejected": "B"}
+    assert resolve_format("auto", {}, record, kinds=[Preference]).name == "preference"
+    with pytest.raises(DataError, match="of the format preference: pairs"):
+        resolve_format("auto", {}, record, kinds=[Labelled])
+
+
+def test_roles_that_train_and_the_last_answer() -> None:
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "Q", "train": False},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "R"},
+        {"role": "assistant", "content": "B", "train": True},
+    ]
+    reading = Reading(train_roles=("user",), last_answer_only=True)
+    row = {"messages": messages}
+    item = convert(resolve_format("auto", {}, row, reading=reading), row, {})
+    assert isinstance(item, Conversation)
+    # what a message says itself stands
+    assert [message.get("train") for message in item.messages] == [None, False, False, True, True]
+    assert item.train_last_only
+    plain = read(row)
+    assert isinstance(plain, Conversation)
+    assert [message.get("train") for message in plain.messages] == [None, False, None, None, True]
+    assert not plain.train_last_only
+
+
+def test_deep_nesting_is_a_problem_of_the_row() -> None:
+    deep: Any = {}
+    for _ in range(100_000):
+        deep = {"a": deep}
+    call = {"name": "f", "arguments": deep}
+    row = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": [call]}]}
+    with pytest.raises(RowProblem, match="nested too deeply"):
+        read(row)
 
 
 def test_labels_of_a_text_set_do_no_harm() -> None:
@@ -171,24 +266,51 @@ def test_malformed_rows_have_a_reason(name: str, record: dict[str, Any], reason:
     assert caught.value.reason == reason
 
 
-values = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.text(max_size=5)
-    | st.lists(st.text(max_size=3), max_size=2)
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+words = st.sampled_from(
+    ["user", "assistant", "gpt", "human", "\n\nHuman: Q\n\nAssistant: A", "USER: Q\nASSISTANT: A", "[{", "{}"]
 )
+keys = st.sampled_from(
+    ["role", "from", "content", "value", "type", "messages", "text", "label", "tool_calls", "name", "arguments",
+     "train", "weight", "loss_weight", "input", "output", "tools"]
+)  # fmt: skip
+values = st.recursive(
+    scalars | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4),
+    max_leaves=10,
+)
+answered = st.fixed_dictionaries(
+    {"role": words, "content": values}, optional={"tool_calls": values, "train": values, "weight": values}
+)
+EVERY_COLUMN = sorted({name for row in FORMATS.values() for name in row.names})
 
 
+@settings(max_examples=300, deadline=None)
 @given(name=st.sampled_from(sorted(FORMATS)), data=st.data())
 def test_nothing_but_a_row_problem_comes_out(name: str, data: st.DataObject) -> None:
     row = FORMATS[name]
-    record = data.draw(st.dictionaries(st.sampled_from(sorted(row.columns)), values))
+    columns = st.sampled_from(sorted(row.names) or ["country", "capital"])
+    record = data.draw(st.dictionaries(columns, values | st.lists(answered, max_size=3), max_size=5))
     try:
         item = convert(row, record, {})
     except RowProblem:
         return
-    assert isinstance(item, Conversation | Text)
+    assert type(item) is row.kind
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    record=st.dictionaries(st.sampled_from(EVERY_COLUMN) | st.text(max_size=6), values, max_size=6),
+    notation=st.sampled_from(["auto", "text", "hermes", "llama3", "glaive"]),
+)
+def test_any_row_is_read_or_refused(record: dict[str, Any], notation: Any) -> None:
+    reading = Reading(tool_calls=notation, train_roles=("user", "tool"))
+    try:
+        found = resolve_format("auto", {}, record, reading=reading, kinds=KINDS)
+        item = convert(found, record, {})
+    except (RowProblem, DataError):
+        return
+    assert type(item) is found.kind
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not here")
@@ -216,9 +338,35 @@ def test_real_files_are_read_without_a_name(file: str, name: str, rows: int) -> 
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not here")
-@pytest.mark.parametrize("file", ["dpo_en_demo.json", "kto_en_demo.json", "v1_dpo_demo.jsonl"])
-def test_real_preference_files_match_no_format(file: str) -> None:
-    record = next(open_source(SHARED / file).rows()).record
-    assert record is not None
-    with pytest.raises(DataError, match="No format matches"):
-        resolve_format("auto", {}, record)
+@pytest.mark.parametrize(
+    ("file", "name", "rows", "trained"),
+    [
+        ("dpo_en_demo.json", "preference", 300, "chosen"),
+        ("v1_dpo_demo.jsonl", "preference", 10, "chosen"),
+        ("kto_en_demo.json", "labelled", 300, "approved"),
+    ],
+)
+def test_real_preference_files_are_recognised(file: str, name: str, rows: int, trained: str) -> None:
+    records = [row.record for row in open_source(SHARED / file).rows()]
+    assert records[0] is not None
+    found = resolve_format("auto", {}, records[0], kinds=KINDS)
+    good = resolve_format(trained, {}, records[0])
+    assert found.name == name
+    read_rows = 0
+    for record in records:
+        assert record is not None
+        item = convert(found, record, {})
+        assert isinstance(item, Preference | Labelled)
+        assert item.prompt[-1]["role"] == "user"
+        read_rows += 1
+        if isinstance(item, Preference) or item.label:
+            answer = item.chosen if isinstance(item, Preference) else item.answer
+            conversation = convert(good, record, {})
+            assert isinstance(conversation, Conversation)
+            assert conversation.messages[-len(answer) :] == answer
+            assert all(
+                m.get("train") is False
+                for m in conversation.messages[: -len(answer)]
+                if m["role"] == "assistant"
+            )
+    assert read_rows == rows

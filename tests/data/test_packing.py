@@ -9,6 +9,32 @@ from hypothesis import strategies as st
 from tunesmith.data.packing import pack_best_fit, packing_efficiency
 
 
+def _one_at_a_time(lengths: list[int], capacity: int) -> list[list[int]]:
+    """The definition of best-fit decreasing, document by document; of rows with one room the youngest."""
+    rows: list[list[int]] = []
+    rooms: list[int] = []
+    changed: list[int] = []
+    for document in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        length = lengths[document]
+        fitting = [row for row, room in enumerate(rooms) if room >= length]
+        if fitting:
+            row = min(fitting, key=lambda number: (rooms[number], -changed[number]))
+        else:
+            row = len(rows)
+            rows.append([])
+            rooms.append(capacity)
+            changed.append(0)
+        rows[row].append(document)
+        rooms[row] -= length
+        changed[row] = sum(map(len, rows))
+    return rows
+
+
+@given(st.lists(st.integers(1, 30), max_size=80))
+def test_placing_equal_lengths_together_is_placing_them_one_by_one(lengths):
+    assert pack_best_fit(np.array(lengths, dtype=np.int64), 30) == _one_at_a_time(lengths, 30)
+
+
 @given(st.lists(st.integers(1, 50), max_size=200))
 def test_every_document_is_in_exactly_one_row_that_holds_it(lengths):
     lengths_N = np.array(lengths, dtype=np.int64)

@@ -42,6 +42,9 @@ TALK: list[dict[str, Any]] = [
 ]
 
 
+ROLES = ("user", "assistant")
+
+
 def supervised(renderer: Renderer, messages: list[dict[str, Any]]) -> list[str]:
     row = renderer.render(Conversation(messages))
     return [row.text[start:end] for start, end in row.spans]
@@ -109,12 +112,43 @@ def chatml_renderer() -> Renderer:
 def test_one_rendering_a_row_and_quadratic_work_only_where_noted() -> None:
     renderer = Renderer(chat_tokenizer(SMOL), SMOL)
     assert renderer.template is not None
+    renderer.render(Conversation(TALK * 25))
     before = renderer.template.renderings
     row = renderer.render(Conversation(TALK * 25))
-    assert renderer.template.renderings == before + 1
+    assert renderer.template.renderings == before + 1, "the shape is proved"
     assert NOTE_PREFIXES not in row.notes
     indexed = Renderer(chat_tokenizer(INDEXED), INDEXED)
-    assert NOTE_PREFIXES in indexed.render(Conversation(TALK)).notes
+    assert NOTE_PREFIXES not in indexed.render(Conversation(TALK)).notes
+    silent = [*TALK, {"role": "user", "content": " "}, {"role": "assistant", "content": "Well?"}]
+    assert NOTE_PREFIXES in indexed.render(Conversation(silent)).notes, "a blank turn cannot be marked"
+
+
+@pytest.mark.parametrize("content", [" a ", "a\n", "\n a", "a"])
+def test_hidden_turns_keep_the_blanks_around_their_text(content: str) -> None:
+    talk = [{"role": role, "content": content} for role in ROLES * 2]
+    hidden = Renderer(chat_tokenizer(INDEXED), INDEXED)
+    row = hidden.render(Conversation(talk))
+    assert [row.text[start:end] for start, end in row.spans] == [f"{content}<|im_end|>"] * 2
+    assert NOTE_PREFIXES not in row.notes
+    trimmed = INDEXED.replace("messages[i].content +", "messages[i].content | trim +")
+    row = Renderer(chat_tokenizer(trimmed), trimmed).render(Conversation(talk))
+    assert [row.text[start:end] for start, end in row.spans] == ["a<|im_end|>"] * 2
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_rendered_characters_are_linear_in_the_number_of_turns(name: str) -> None:
+    renderer = Renderer(chat_tokenizer(ALL[name]), ALL[name])
+    assert renderer.template is not None
+
+    def written(count: int) -> int:
+        before = renderer.template.written  # type: ignore[union-attr]
+        # another question each time, so that no shape is remembered
+        talk = [{"role": role, "content": f"{role} {count}", "name": str(count)} for role in ROLES * count]
+        length = len(renderer.render(Conversation(talk)).text)
+        assert renderer.template.written - before < 12 * length  # type: ignore[union-attr]
+        return renderer.template.written - before  # type: ignore[union-attr]
+
+    assert written(400) < 2.2 * written(200)
 
 
 def test_prefixes_that_disagree_are_a_problem_of_the_row() -> None:
@@ -179,7 +213,8 @@ def test_a_dropped_assistant_turn_is_a_problem_of_the_row() -> None:
     ],
 )
 def test_bounds_of_a_turn(template: str, expected: list[str]) -> None:
-    assert supervised(Renderer(chat_tokenizer(template, "</s>"), template), TALK) == expected
+    renderer = Renderer(chat_tokenizer(template, "</s>"), template, prefix_mismatch="allow")
+    assert supervised(renderer, TALK) == expected
 
 
 def test_a_control_token_inside_an_answer_does_not_end_it() -> None:
@@ -335,7 +370,7 @@ def test_notes_of_the_template_itself() -> None:
     foreign = type(foreign)(tokenizer_object=foreign._tokenizer, eos_token="<|endoftext|>")
     assert NOTE_CHATML in Renderer(foreign, CHATML).render(Conversation(TALK)).notes
     assert chatml_renderer().render(Conversation(TALK)).notes == ()
-    dated = CHATML + "{{ strftime_now('%Y') }}"
+    dated = "{{ strftime_now('%Y') }}" + CHATML
     assert NOTE_DATE in Renderer(tiny_tokenizer(), dated).render(Conversation(TALK)).notes
 
 

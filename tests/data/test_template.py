@@ -1,9 +1,13 @@
+# ruff: noqa: E501
 """The template compiler: the same text as transformers, exact spans, one rendering, and bounds."""
 
 from __future__ import annotations
 
+import tracemalloc
+from datetime import datetime
 from typing import Any
 
+import jinja2
 import pytest
 
 from tests.data.chat_templates import ALL, GENERATION, LLAMA, MISTRAL, QWEN, SMOL, chat_tokenizer
@@ -165,6 +169,70 @@ def test_what_a_template_must_not_do_is_a_problem_of_the_row(
     monkeypatch.setattr("tunesmith.data.template._MOST_EVENTS", 20_000)
     with pytest.raises(RowProblem, match="template error"):
         ChatTemplate(hostile).render([{"role": "user", "content": "x"}])
+
+
+BOMBS = [
+    "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
+    "{% macro f(x, n) %}{% if n %}{{ f(x + x, n - 1) }}{% endif %}{% endmacro %}{{ f('ab', 60) }}",
+    "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% else %}{{ 'x' * 99999 }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% if ('a' ~ ('b' * 999999) * 1) | replace('b', 'c' * 999999) %}{% endif %}",
+    "{{ '%999999999d' % 1 }}",
+    "{{ '%*d' % (999999999, 1) }}",
+    "{{ ('%s' * 99999) % (['x' * 99999] * 99999) }}",
+    "{{ '%999999999d' | format(1) }}",
+    "{{ '{:>999999999}'.format(1) }}",
+    "{{ '{:>{}}'.format(1, 999999999) }}",
+    "{{ 'a'.center(999999999) }}",
+    "{{ 'a'['ljust'](999999999) }}",
+    "{{ ('a' | attr('zfill'))(999999999) }}",
+    "{{ 'a' | center(999999999) }}",
+    "{{ 'a' | indent(999999999, true) }}",
+    "{{ '\t'.expandtabs(999999999) }}",
+    "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
+    "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
+    "{{ ('a' * 99999).join(['b'] * 99999) }}",
+    "{{ (['b'] * 99999) | join('a' * 99999) }}",
+    "{{ [1] | tojson(indent=999999999) }}",
+    "{{ lipsum(n=999999) }}",
+]
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_text_that_grows_inside_a_template_is_stopped_before_it_is_made(bomb: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(RowProblem, match="template error"):
+            ChatTemplate(bomb).render([{"role": "user", "content": "x"}])
+        assert tracemalloc.get_traced_memory()[1] < 1.2e9
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_bounded_still_computes_as_jinja_does() -> None:
+    source = (
+        "{% set a = 'x' ~ 1 ~ none %}{% set b = [1] + [2] %}{% set c = 1 + 2 %}{{ a ~ b ~ c }}|{{ 'p' + 'q' ~ 1 }}|"
+        "{{ 'a-b'.replace('-', '+') }}|{{ 'aaa' | replace('a', 'b', 2) }}|{{ [1, 2] | join(', ') }}|"
+        "{{ '{:>5}'.format(3) }}|{{ '%05.1f' % 2.5 }}|{{ 7 % 4 }}|{{ 'a\nb' | indent }}|{{ '-'.join(['x', 'y']) }}|"
+        "{{ 'q' | center(3) }}|{{ '%s' | format('y') }}|{{ [{'k': 'v'}] | join(',', attribute='k') }}|"
+        "{% set d %}in {{ a }}{% endset %}{{ d }}|{{ 'a,b'.split(',')[1].upper() }}|{{ {'a': 'b' ~ 'c'}['a'] }}"
+    )
+    expected = jinja2.Environment(trim_blocks=True).from_string(source).render()
+    assert ChatTemplate(source).render([]).text == expected
+
+
+def test_a_row_of_ten_megabytes_is_written() -> None:
+    template = "{% for m in messages %}{% set t = m.content + '!' %}{{ t | replace('a', 'b') | trim ~ 'end' }}{% endfor %}"
+    trace = ChatTemplate(template).render([{"role": "user", "content": "a" * 10_000_000}])
+    assert len(trace.text) == 10_000_004
+
+
+def test_the_date_is_the_one_that_is_set() -> None:
+    template = "{{ strftime_now('%d %b %Y') }}"
+    assert ChatTemplate(template).render([]).text == "01 Jan 2025"
+    assert ChatTemplate(template, datetime(2031, 5, 6)).render([]).text == "06 May 2031"
 
 
 def test_endless_text_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

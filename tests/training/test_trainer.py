@@ -14,7 +14,6 @@ import torch
 from tests.support.runs import build, run_settings, train
 from tunesmith.contracts.errors import NonFiniteError, UserError
 from tunesmith.training.metrics import read_events
-from tunesmith.training.trainer import count_steps
 
 
 @pytest.fixture
@@ -47,8 +46,8 @@ def test_training_lowers_the_held_out_loss_and_says_so(settings):
 def test_every_document_trains_once_per_epoch(settings):
     run, _ = build(settings(train={"steps": None, "epochs": 2.0}))
     seen: list[int] = []
-    run.trainer._run_step = lambda rows: (
-        seen.extend(d for row in rows for d in row),
+    run.trainer._run_step = lambda data: (
+        seen.extend(d for row in data.rows for d in row),
         setattr(run.trainer, "step", run.trainer.step + 1),
     )
     run.trainer._evaluate = lambda: None
@@ -61,7 +60,7 @@ def test_every_document_trains_once_per_epoch(settings):
 def test_epochs_become_steps(settings, epochs, steps):
     run, _ = build(settings(train={"packing": False}))
     assert len(run.data.train_N) == 36
-    assert count_steps(run.data.corpus, run.data.train_N, run.trainer.plan, epochs) == steps
+    assert run.data.feed.count_steps(epochs) == steps
 
 
 def test_global_batch_in_tokens(settings):

@@ -16,7 +16,7 @@ from tunesmith.settings.run import RunSettings
 
 if TYPE_CHECKING:
     from tunesmith.config.prepare_data import PreparedData
-    from tunesmith.data.formats import Conversation, Text
+    from tunesmith.data.formats import Supervised
     from tunesmith.data.render import Encoded, Rendered
     from tunesmith.data.sources import Row
 
@@ -38,16 +38,18 @@ def inspect_row(settings: RunSettings, console: Console, *, row: int, source: in
     """
     if source >= len(settings.data.train):
         raise DataError(f"There is no source {source}: data.train lists {len(settings.data.train)}.")
-    from tunesmith.config.prepare_data import make_renderer, open_settings_source
+    from tunesmith.config.prepare_data import make_renderer, open_settings_source, reading_of
     from tunesmith.data.chat import RowProblem
-    from tunesmith.data.formats import convert
+    from tunesmith.data.formats import Supervised, convert
     from tunesmith.data.tokenize import find_format
     from tunesmith.models.loader import load_tokenizer
     from tunesmith.training.quiet import quiet_libraries
 
     quiet_libraries()
     chosen = settings.data.train[source]
-    rows, found = find_format(open_settings_source(chosen), chosen.format, dict(chosen.columns))
+    rows, found = find_format(
+        open_settings_source(chosen), chosen.format, dict(chosen.columns), reading_of(chosen)
+    )
     picked = next(islice(rows, row, None), None)
     if picked is None:
         raise DataError(f"{chosen.path} has no row {row}; rows are counted from 0.")
@@ -60,10 +62,15 @@ def inspect_row(settings: RunSettings, console: Console, *, row: int, source: in
     else:
         try:
             item = convert(found, picked.record, dict(chosen.columns))
+            assert isinstance(item, Supervised), "a format of another kind was accepted"
             _print_item(console, item, found.name)
             rendered = renderer.render(item)
             _print_text(console, rendered)
             encoded = renderer.encode([rendered])[0]
+            if encoded.problem is not None:
+                raise encoded.problem
+            for note in encoded.notes:
+                console.print(f"note: {note}", style="yellow", markup=False)
             limit = settings.train.sequence_length
             _print_tokens(console, rendered, encoded, limit)
             _print_limit(console, encoded, limit, settings.data.overlong)
@@ -94,7 +101,7 @@ def _print_record(console: Console, row: Row) -> None:
         )
 
 
-def _print_item(console: Console, item: Conversation | Text, name: str) -> None:
+def _print_item(console: Console, item: Supervised, name: str) -> None:
     messages = getattr(item, "messages", None)
     if messages is None:
         _stop(console, f"text · format {name}")
@@ -169,6 +176,9 @@ def _print_place(console: Console, settings: RunSettings, tokenizer: Any, row: R
     from tunesmith.config.prepare_data import batch_plan, prepare_data
     from tunesmith.data.batches import rows_of_epoch, steps_of_epoch
 
+    if settings.data.streaming:
+        _stop(console, "place · decided while the stream is read")
+        return
     with console.status("preparing the whole set"):
         data = prepare_data(settings, tokenizer)
     document = _document_of(data, row, source)

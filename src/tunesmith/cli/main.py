@@ -26,6 +26,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace those of the file."),
@@ -89,6 +92,40 @@ def demo(overrides: Overrides = None) -> None:
     from tunesmith.cli.demo import run_demo
 
     run_demo(Console(), overrides or [])
+
+
+@data_app.command(
+    epilog="Example: tunesmith data check train.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct"
+)
+def check(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A file, folder, glob pattern or hub data set.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Whose tokenizer and template; the demo's by default.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="A format of data.train, or auto.")] = "auto",  # noqa: A002
+    template: Annotated[str, typer.Option(help="A chat template, as data.template has it.")] = "auto",
+    sequence_length: Annotated[int, typer.Option(min=8, help="Longest row in tokens.")] = 2048,
+    rows: Annotated[int | None, typer.Option(min=1, help="Read only the first rows.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what a data set would train on. Exit 0: all of it as it stands; 1: not all; 2: it cannot be read."""
+    from rich.console import Console
+
+    from tunesmith.cli.data_check import check_and_print
+
+    clean = check_and_print(
+        path,
+        Console(),
+        model=model,
+        as_json=json,
+        format=format,
+        template=template,
+        sequence_length=sequence_length,
+        most_rows=rows,
+    )
+    raise typer.Exit(0 if clean else 1)
 
 
 def _sentence(error: Exception) -> tuple[str, int]:

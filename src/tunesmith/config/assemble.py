@@ -17,6 +17,7 @@ from tunesmith.contracts.errors import UserError
 from tunesmith.data.cache import cache_folder
 from tunesmith.data.feed import TableFeed
 from tunesmith.data.stream import StreamFeed
+from tunesmith.data.table import TokenTable
 from tunesmith.distributed.single import SingleDevice
 from tunesmith.kernels.canary import ModelShape, check_kernels
 from tunesmith.models.adapter import add_lora, load_lora, train_all
@@ -219,13 +220,13 @@ def _check_vocabulary(tokenizer: Any, data: PreparedData, causal: CausalModel) -
     """A tokenizer with more tokens than the model is common, and harmless until the data uses one of them.
 
     Raises:
-        UserError: it does.
+        UserError: it does; a stream says so when it gets there.
     """
     rows = causal.base.get_input_embeddings().num_embeddings
-    if len(tokenizer) <= rows:
-        return
     if isinstance(data.feed, StreamFeed):
         data.feed.vocabulary = rows
+    if all(table.largest < rows for table in data.corpus.sources if isinstance(table, TokenTable)):
+        return
     for document in range(len(data.corpus)):
         source, index = data.corpus.locate(document)
         largest = int(source.ids(index).max())
@@ -251,6 +252,13 @@ def _cadence(settings: RunSettings, total_steps: int) -> Cadence:
         max_seconds=train.max_hours * 3600 if train.max_hours else None,
         max_grad_norm=train.max_grad_norm,
         on_non_finite=train.on_non_finite,
+    )
+
+
+def _schedule(settings: RunSettings, total_steps: int) -> Schedule:
+    train = settings.train
+    return Schedule(
+        train.scheduler, learning_rate=train.learning_rate, warmup=train.warmup, total_steps=total_steps
     )
 
 
@@ -334,9 +342,7 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
         held_out_N=data.held_out_N,
         plan=batch_plan(settings),
         grouping=MicroBatching(train.micro_batch if isinstance(train.micro_batch, int) else None, fit.tokens),
-        schedule=Schedule(
-            train.scheduler, learning_rate=train.learning_rate, warmup=train.warmup, total_steps=total_steps
-        ),
+        schedule=_schedule(settings, total_steps),
         cadence=_cadence(settings, total_steps),
         store=store,
         identity=_identity(settings, data, causal),
@@ -344,16 +350,5 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
         feed=data.feed,
     )
     return Run(
-        settings,
-        tokenizer,
-        data,
-        causal,
-        attention,
-        backend,
-        fit,
-        installed,
-        no_graphs,
-        warnings,
-        trainer,
-        store,
-    )
+        settings, tokenizer, data, causal, attention, backend, fit, installed, no_graphs, warnings, trainer, store
+    )  # fmt: skip

@@ -54,7 +54,7 @@ def _execute(
     settings: RunSettings, folder: Path, console: Console, questions: Sequence[str], answer_tokens: int
 ) -> RunResult:
     from tunesmith.config.assemble import assemble
-    from tunesmith.config.summary import print_answers, print_plan, print_result
+    from tunesmith.config.summary import data_lines, print_answers, print_plan, print_result
     from tunesmith.training.console import ConsoleView
     from tunesmith.training.metrics import EventLog, draw_loss_curve, read_events
     from tunesmith.training.quiet import quiet_libraries
@@ -77,6 +77,9 @@ def _execute(
         console.print(
             f"note: fused layers ran in stock form {count:,} times: {reason}", style="dim", markup=False
         )
+    if settings.data.streaming:
+        lines = ["rows of the streams, counted again in each pass:", *data_lines(run, training_only=True)]
+        console.print("\n".join(lines), style="dim", markup=False, highlight=False, soft_wrap=True)
     result = _save(run, folder, outcome) if outcome.reason != "interrupted" else None
     curve = folder / "loss.png"
     drawn = draw_loss_curve(read_events(folder / "events.jsonl"), curve)
@@ -159,7 +162,9 @@ def _save(run: Run, folder: Path, outcome: Outcome) -> Path:
         adapter=adapter,
         quantize=settings.model.quantize,
         sources=sources,
-        rows=len(run.data.train_N),
+        rows=sum(report.rows_kept for _, report in run.data.reports[: len(settings.data.train)])
+        if settings.data.streaming
+        else len(run.data.train_N),
         steps=outcome.step,
         tokens=outcome.all_tokens,
         first_eval=outcome.first_eval,

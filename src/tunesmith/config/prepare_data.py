@@ -1,4 +1,4 @@
-"""Wires the data layer: sources, renderer, tokenised tables, the corpus and what is held out of it."""
+"""Wires the data layer: sources, renderer, tokenised tables or streams, what is held out, and the feed of steps."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from numpy.typing import NDArray
 
 from tunesmith.contracts.errors import DataError
 from tunesmith.data.batches import BatchPlan, Corpus
+from tunesmith.data.cache import content_key
+from tunesmith.data.feed import TableFeed
+from tunesmith.data.formats import Reading
+from tunesmith.data.mixing import Mix
 from tunesmith.data.render import Renderer, resolve_template
 from tunesmith.data.sources import Source, open_source
+from tunesmith.data.stream import StreamFeed
 from tunesmith.data.table import DataReport, TokenTable
-from tunesmith.data.tokenize import default_cache_dir, tokenize_source
+from tunesmith.data.tokenize import SourceStream, default_cache_dir, tokenize_source
 from tunesmith.settings.data import HeldOutSettings, SourceSettings
 from tunesmith.settings.run import RunSettings, tokens_of_global_batch
 
@@ -29,17 +34,21 @@ class PreparedData:
 
     Attributes:
         renderer: renders conversations and masks them.
-        corpus: documents of all sources, training ones first.
-        train_N: documents that train.
+        corpus: documents of all sources in tables, training ones first.
+        train_N: documents that train; none where they are streamed.
         held_out_N: documents that measure.
-        reports: (source name, what became of its rows), training sources first.
-        fingerprint: changes with any byte of the data, the template or a setting that decides the tokens.
+        feed: the steps of training.
+        reports: (source name, what became of its rows), training sources first. That of a stream grows as it is
+            read.
+        fingerprint: changes with any byte of the data, the template or a setting that decides the tokens; of a
+            stream with the sizes of its files and with samples of them.
     """
 
     renderer: Renderer
     corpus: Corpus
     train_N: NDArray[np.int64]
     held_out_N: NDArray[np.int64]
+    feed: TableFeed | StreamFeed
     reports: tuple[tuple[str, DataReport], ...]
     fingerprint: str
 
@@ -47,12 +56,51 @@ class PreparedData:
 def make_renderer(settings: RunSettings, tokenizer: Any) -> Renderer:
     """The renderer for the run's template and mask."""
     template = resolve_template(settings.data.template, tokenizer)
-    return Renderer(tokenizer, template, settings.data.train_on)
+    data = settings.data
+    return Renderer(
+        tokenizer,
+        template,
+        data.train_on,
+        end_of_turn=data.end_of_turn,
+        prefix_mismatch=data.prefix_mismatch,
+        allow_control_tokens=data.allow_control_tokens,
+        date=data.date,
+    )
 
 
-def open_settings_source(source: SourceSettings) -> Source:
+def open_settings_source(source: SourceSettings, *, streaming: bool = False) -> Source:
     """Open one source of the run file."""
-    return open_source(source.path, split=source.split, name=source.name, revision=source.revision)
+    return open_source(
+        source.path, split=source.split, name=source.name, revision=source.revision, streaming=streaming
+    )
+
+
+def reading_of(source: SourceSettings) -> Reading:
+    """How the rows of a source of the run file are read beyond their columns."""
+    return Reading(
+        role_key=source.role_key,
+        content_key=source.content_key,
+        train_key=source.train_key,
+        roles=dict(source.roles),
+        train_roles=tuple(source.train_roles),
+        last_answer_only=source.last_answer_only,
+        reasoning=source.reasoning,
+        tool_calls=source.tool_calls,
+        template=dict(source.template),
+    )
+
+
+def _row_options(settings: RunSettings, source: SourceSettings, renderer: Renderer) -> dict[str, Any]:
+    """What decides the tokens of a row, for a table and a stream alike."""
+    return {
+        "format": source.format,
+        "columns": dict(source.columns),
+        "reading": reading_of(source),
+        "renderer": renderer,
+        "sequence_length": settings.train.sequence_length,
+        "overlong": settings.data.overlong,
+        "malformed": settings.data.malformed,
+    }
 
 
 def _tokenize(
@@ -61,12 +109,7 @@ def _tokenize(
     cache = Path(settings.data.cache_dir).expanduser() if settings.data.cache_dir else default_cache_dir()
     return tokenize_source(
         open_settings_source(source),
-        format=source.format,
-        columns=dict(source.columns),
-        renderer=renderer,
-        sequence_length=settings.train.sequence_length,
-        overlong=settings.data.overlong,
-        malformed=settings.data.malformed,
+        **_row_options(settings, source, renderer),
         cache_dir=cache,
         progress=None if progress is None else lambda rows: progress(source.path, rows),
     )
@@ -82,9 +125,12 @@ def prepare_data(settings: RunSettings, tokenizer: Any, progress: Progress | Non
     held: Sequence[SourceSettings] = (
         () if isinstance(settings.data.eval, HeldOutSettings) else settings.data.eval
     )
+    if settings.data.streaming:
+        return _stream(settings, renderer, held, progress)
     sources = [*settings.data.train, *held]
     tables = [_tokenize(settings, source, renderer, progress) for source in sources]
-    corpus = Corpus(tables, [source.weight for source in sources])
+    names = [source.path for source in sources]
+    corpus = Corpus(tables, [source.weight for source in sources], names)
     in_training = sum(len(table) for table in tables[: len(settings.data.train)])
     if isinstance(settings.data.eval, HeldOutSettings):
         train_N, held_out_N = corpus.hold_out(
@@ -94,11 +140,55 @@ def prepare_data(settings: RunSettings, tokenizer: Any, progress: Progress | Non
         train_N, held_out_N = np.arange(in_training), np.arange(in_training, len(corpus))
     if not len(train_N):
         raise DataError("No row is left to train on.", hint="Lower data.eval.fraction or add data.")
-    names = [source.path for source in sources]
+    plan = batch_plan(settings)
+    _check_groups(corpus, train_N, plan)
     reports = tuple(zip(names, (table.report for table in tables), strict=True))
+    feed = TableFeed(corpus, train_N, plan)
+    return PreparedData(renderer, corpus, train_N, held_out_N, feed, reports, _fingerprint(tables))
+
+
+def _fingerprint(tables: Sequence[TokenTable]) -> str:
     # a table's folder is named by the hash of everything that it was made from
-    keys = "/".join(table.folder.name for table in tables)
-    return PreparedData(renderer, corpus, train_N, held_out_N, reports, keys)
+    return "/".join(table.folder.name for table in tables)
+
+
+def _check_groups(corpus: Corpus, train_N: NDArray[np.int64], plan: BatchPlan) -> None:
+    """Refuse documents that belong together and do not fit into one pack.
+
+    Raises:
+        DataError: with the place of the first of them.
+    """
+    firsts = corpus.firsts(train_N)
+    lengths = corpus.group_lengths(firsts)
+    too_long = np.flatnonzero(lengths > plan.sequence_length)
+    if plan.packing and len(too_long):
+        first = int(too_long[0])
+        raise DataError(
+            f"The documents of {corpus.where(int(firsts[first]))} have {lengths[first]} tokens together, which is "
+            f"longer than a pack; so are those of {len(too_long) - 1} other rows.",
+            hint="Raise train.sequence_length until both fit, or set train.packing: false.",
+        )
+
+
+def _stream(
+    settings: RunSettings, renderer: Renderer, held: Sequence[SourceSettings], progress: Progress | None
+) -> PreparedData:
+    """The training sources as streams, those that are held out as tables."""
+    streams = [
+        SourceStream(open_settings_source(source, streaming=True), **_row_options(settings, source, renderer))
+        for source in settings.data.train
+    ]
+    weights = [source.weight for source in settings.data.train]
+    feed = StreamFeed(streams, weights, batch_plan(settings), settings.data.buffer_tokens)
+    tables = [_tokenize(settings, source, renderer, progress) for source in held]
+    corpus = Corpus(tables, names=[source.path for source in held])
+    reports = [
+        *((source.path, stream.report) for source, stream in zip(settings.data.train, streams, strict=True)),
+        *((source.path, table.report) for source, table in zip(held, tables, strict=True)),
+    ]
+    key = content_key({"stream": feed.fingerprint(), "held out": _fingerprint(tables)})
+    none, everything = np.empty(0, dtype=np.int64), np.arange(len(corpus))
+    return PreparedData(renderer, corpus, none, everything, feed, tuple(reports), key)
 
 
 def batch_plan(settings: RunSettings) -> BatchPlan:
@@ -110,4 +200,5 @@ def batch_plan(settings: RunSettings) -> BatchPlan:
         rows_per_step=settings.train.global_batch if isinstance(settings.train.global_batch, int) else None,
         tokens_per_step=tokens,
         seed=settings.train.seed,
+        mix=Mix(settings.data.mix.strategy, settings.data.mix.stop),
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tunesmith.planning.fit import STOCK_POLICIES
+from tunesmith.settings.data import HeldOutSettings
 from tunesmith.settings.run import ParallelSettings, RunSettings
 
 Broken = tuple[tuple[str | int, ...], str, str]
@@ -69,12 +70,40 @@ RULES: tuple[Rule, ...] = (
     ),
 )
 
+STREAMING_RULES: tuple[Rule, ...] = (
+    Rule(
+        ("train", "steps"),
+        lambda s: s.train.steps is None,
+        "data.streaming without train.steps",
+        "a stream has no length that is known: say how many steps to train",
+    ),
+    Rule(
+        ("data", "eval"),
+        lambda s: isinstance(s.data.eval, HeldOutSettings) and s.data.eval.fraction > 0,
+        "data.eval.fraction beside data.streaming",
+        "rows cannot be taken out of a stream that is not read yet: name sources, or write {fraction: 0}",
+    ),
+    Rule(
+        ("data", "mix"),
+        lambda s: len(s.data.train) > 1 and s.data.mix.strategy != "interleave",
+        "data.streaming with several sources and mix.strategy: concatenate",
+        "streams cannot be shuffled together as a whole: write mix: {strategy: interleave}",
+    ),
+    Rule(
+        ("data", "buffer_tokens"),
+        lambda s: s.data.buffer_tokens < s.train.sequence_length,
+        "data.buffer_tokens is smaller than train.sequence_length",
+        "the buffer must hold at least one row, and many more to fill rows well",
+    ),
+)
+"""Rules that hold where `data.streaming` is on."""
+
 _AXES = tuple(name for name in ParallelSettings.model_fields if name != "engine")
 
 
 def broken_rules(settings: RunSettings) -> Iterator[Broken]:
     """Everything that is wrong between the settings."""
-    for rule in RULES:
+    for rule in (*RULES, *(STREAMING_RULES if settings.data.streaming else ())):
         if rule.broken(settings):
             yield rule.path, rule.found, rule.expected
     for axis in _AXES:

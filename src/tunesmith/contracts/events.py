@@ -59,12 +59,13 @@ class Stepped(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated(Event):
-    """The held-out loss was measured."""
+    """The held-out loss was measured: the mean, and that of each source where there are several."""
 
     kind: ClassVar[str] = "eval"
     loss: float
     tokens: int
     seconds: float
+    by_source: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

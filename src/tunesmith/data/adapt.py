@@ -224,7 +224,8 @@ def _move_results(messages: list[Message], can: Abilities, notes: list[str]) -> 
         if can.results == "user" and role == "tool":
             moved[-1]["content"] += f"\n{text}"
         else:
-            moved.append({"role": can.results, "content": text})
+            flags: Message = {key: message[key] for key in ("train", "weight") if key in message}
+            moved.append({"role": can.results, "content": text, **flags})
     return moved
 
 

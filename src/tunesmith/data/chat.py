@@ -2,32 +2,35 @@
 
 After `read_messages` a message has `role` (system, user, assistant or tool) and a string `content`, and where
 the data has them `reasoning_content`, `tool_calls` (`{type: function, function: {name, arguments: dict}}`),
-`tool_call_id` and `name`. This is what chat templates are written for. Every other key is left behind.
+`tool_call_id` and `name`. This is what chat templates are written for. Two more keys are for the loss and no
+template reads them: `train` (whether the message trains; without it, an assistant's does and others do not)
+and `weight` (how much; 0 is not at all). Every other key is left behind.
+
+`finish_messages` then takes out of the text what a template wants to write itself: reasoning and tool calls.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from tunesmith.data.reading import (
+    AS_USUAL,
+    Reading,
+    as_flag,
+    as_number,
+    as_text,
+    first_of,
+    parse_json,
+    without_nulls,
+)
+from tunesmith.data.reading import RowProblem as RowProblem
+from tunesmith.data.tool_dialects import read_calls, read_dialect
+from tunesmith.data.tool_dialects import read_tools as read_tools
 
-class RowProblem(Exception):  # noqa: N818 it is a finding about the data, not a failure
-    """A row that cannot train.
-
-    Args:
-        reason: a short stable category under which such rows are counted, such as "empty answer".
-        detail: what exactly, for the person who looks at the row.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}" if self.detail else self.reason
-
+Message = dict[str, Any]
 
 _CALL = "call"
 ROLES: dict[str, str] = {
@@ -40,7 +43,9 @@ ROLES: dict[str, str] = {
     "gpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "chatbot": "assistant",
     "chatgpt": "assistant",
+    "ai": "assistant",
     "tool": "tool",
     "observation": "tool",
     "function": "tool",
@@ -52,94 +57,41 @@ ROLES: dict[str, str] = {
 }
 """Names of roles in the wild, in lower case, and the role they mean; `call` is an assistant's tool call."""
 
+ROLE_KEYS = ("role", "from", "sender", "speaker", "author")
+CONTENT_KEYS = ("content", "value", "text", "message", "utterance")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
+TRAIN_KEYS = {"train": True, "training": True, "loss": True, "mask": False}
+"""Keys that say whether a message trains, and the value that means it does."""
+_DETAIL_KEYS = ("train_detail", "training_detail")
+_MARKS = frozenset({*TRAIN_KEYS, *_DETAIL_KEYS, "weight", "loss_weight"})
 
-def as_text(value: Any, what: str) -> str:
-    """A string as it is, a number as JSON writes it.
+EXCHANGES = (
+    ("input", "output"),
+    ("user", "assistant"),
+    ("human", "assistant"),
+    ("human", "bot"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("instruction", "output"),
+)
+"""Keys of objects that hold a question and its answer at once, in place of two messages."""
 
-    Raises:
-        RowProblem: "not text" for anything else.
-    """
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return json.dumps(value)
-    raise RowProblem("not text", f"{what} is {type(value).__name__}")
-
-
-def parse_json(value: Any, reason: str, what: str) -> Any:
-    """`value`, parsed where it is a string that holds JSON."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise RowProblem(reason, f"{what} is not valid JSON") from error
+_THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
-def read_tools(value: Any) -> list[dict[str, Any]] | None:
-    """Tool signatures as `{type: function, function: {...}}`; None where there are none.
-
-    Args:
-        value: a list of signatures, bare or wrapped, or a JSON string of one; empty and None mean no tools.
-    """
-    if isinstance(value, str) and not value.strip():
-        return None
-    tools = parse_json(value, "bad tools", "tools")
-    if not tools:
-        return None
-    if isinstance(tools, dict):
-        tools = [tools]
-    if not isinstance(tools, list):
-        raise RowProblem("bad tools", "tools is not a list")
-    return [_wrap_tool(tool) for tool in tools]
-
-
-def _wrap_tool(tool: Any) -> dict[str, Any]:
-    tool = parse_json(tool, "bad tools", "a tool")
-    if not isinstance(tool, dict):
-        raise RowProblem("bad tools", "a tool is not an object")
-    function = tool.get("function", tool)
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowProblem("bad tools", "a tool has no name")
-    return tool if "function" in tool else {"type": "function", "function": tool}
-
-
-def read_calls(value: Any) -> list[dict[str, Any]]:
-    """Tool calls with their arguments as objects, from one call or a list of them, or a JSON string."""
-    calls = parse_json(value, "bad tool call", "the call")
-    if not isinstance(calls, list):
-        calls = [calls]
-    return [_read_call(call) for call in calls]
-
-
-def _read_call(call: Any) -> dict[str, Any]:
-    call = parse_json(call, "bad tool call", "the call")
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowProblem("bad tool call", "the call has no name")
-    arguments = function.get("arguments", function.get("parameters"))
-    if arguments is None or arguments == "":
-        arguments = {}
-    arguments = parse_json(arguments, "bad tool call", "arguments")
-    if not isinstance(arguments, dict):
-        raise RowProblem("bad tool call", "arguments is not an object")
-    clean = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    return {"id": call["id"], **clean} if isinstance(call.get("id"), str) else clean
-
-
-def _add_text(message: dict[str, Any], value: Any) -> None:
+def _add_text(message: Message, value: Any) -> None:
     message["content"] += as_text(value, "a text part")
 
 
-def _add_reasoning(message: dict[str, Any], value: Any) -> None:
+def _add_reasoning(message: Message, value: Any) -> None:
     message["reasoning_content"] = message.get("reasoning_content", "") + as_text(value, "a reasoning part")
 
 
-def _add_calls(message: dict[str, Any], value: Any) -> None:
+def _add_calls(message: Message, value: Any) -> None:
     message["tool_calls"] = [*message.get("tool_calls", []), *read_calls(value)]
 
 
-PARTS: dict[str, Callable[[dict[str, Any], Any], None]] = {
+PARTS: dict[str, Callable[[Message, Any], None]] = {
     "text": _add_text,
     "input_text": _add_text,
     "output_text": _add_text,
@@ -152,10 +104,14 @@ PARTS: dict[str, Callable[[dict[str, Any], Any], None]] = {
 """Types of content parts and what they add to the message."""
 
 
-def _read_content(message: dict[str, Any], content: Any, what: str) -> None:
-    """Add content to the message: a string, or a list of typed parts."""
+def _read_content(message: Message, content: Any, what: str) -> None:
+    """Add content to the message: a string, or a typed part, or a list of them."""
     if content is None:
         return
+    if isinstance(content, dict) and isinstance(content.get("type"), str):
+        content = [content]
+    if isinstance(content, dict) and message["role"] == "tool":
+        content = json.dumps(without_nulls(content), ensure_ascii=False)
     if not isinstance(content, list):
         message["content"] += as_text(content, what)
         return
@@ -166,16 +122,29 @@ def _read_content(message: dict[str, Any], content: Any, what: str) -> None:
         kind = part.get("type") if isinstance(part, dict) else None
         add = PARTS.get(kind) if isinstance(kind, str) else None
         if add is None:
-            raise RowProblem("unsupported content", f"{what} has a part of type {kind!r}")
-        add(message, next((part[key] for key in ("value", "text", kind) if part.get(key) is not None), ""))
+            raise RowProblem("unsupported content", f"{what} has a part of type {kind!r}; only text trains")
+        value = first_of(part, ("value", "text", str(kind)))
+        add(message, "" if value is None else value)
 
 
-def read_message(raw: Any, number: int) -> dict[str, Any]:
+def _read_role(raw: dict[str, Any], reading: Reading, what: str) -> str:
+    name = first_of(raw, (reading.role_key,) if reading.role_key else ROLE_KEYS)
+    key = name.strip().lower() if isinstance(name, str) else ""
+    role = ROLES.get(key)
+    if reading.roles:
+        role = next((means for own, means in reading.roles.items() if own.strip().lower() == key), role)
+    if role is None:
+        raise RowProblem("unknown role", f"{what} has the role {name!r}")
+    return role
+
+
+def read_message(raw: Any, number: int, reading: Reading = AS_USUAL) -> Message:
     """One message in the common form.
 
     Args:
-        raw: an object with `role` and `content`, or `from` and `value`.
+        raw: an object with `role` and `content`, or `from` and `value`, or the keys of `reading`.
         number: its number in the conversation from 0, for reports.
+        reading: names of keys and roles.
 
     Raises:
         RowProblem: where it is malformed.
@@ -183,30 +152,26 @@ def read_message(raw: Any, number: int) -> dict[str, Any]:
     what = f"message {number}"
     if not isinstance(raw, dict):
         raise RowProblem("malformed message", f"{what} is not an object")
-    name = raw.get("role", raw.get("from"))
-    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
-    if role is None:
-        raise RowProblem("unknown role", f"{what} has the role {name!r}")
-    content = raw.get("content", raw.get("value"))
-    message: dict[str, Any] = {"role": "assistant" if role == _CALL else role, "content": ""}
+    role = _read_role(raw, reading, what)
+    content = first_of(raw, (reading.content_key,) if reading.content_key else CONTENT_KEYS)
+    message: Message = {"role": "assistant" if role == _CALL else role, "content": ""}
     if role == _CALL:
         _add_calls(message, content)
-        return message
-    _read_content(message, content, what)
-    if role == "assistant":
-        _read_assistant(message, raw, what)
-    elif content is None:
-        raise RowProblem("not text", f"{what} has no content")
-    for key in ("name", "tool_call_id"):
-        if isinstance(raw.get(key), str):
-            message[key] = raw[key]
+    else:
+        _read_content(message, content, what)
+        if role == "assistant":
+            _read_assistant(message, raw, what)
+        elif content is None:
+            raise RowProblem("not text", f"{what} has no content")
+        for key in ("name", "tool_call_id"):
+            if isinstance(raw.get(key), str):
+                message[key] = raw[key]
+    _read_training(message, raw, reading, what)
     return message
 
 
-def _read_assistant(message: dict[str, Any], raw: dict[str, Any], what: str) -> None:
-    reasoning = next(
-        (raw[key] for key in ("reasoning_content", "reasoning", "thinking") if raw.get(key)), None
-    )
+def _read_assistant(message: Message, raw: dict[str, Any], what: str) -> None:
+    reasoning = next((raw[key] for key in REASONING_KEYS if raw.get(key)), None)
     if reasoning is not None:
         message["reasoning_content"] = as_text(reasoning, f"the reasoning of {what}")
     calls = raw.get("tool_calls") or raw.get("function_call")
@@ -219,8 +184,56 @@ def _read_assistant(message: dict[str, Any], raw: dict[str, Any], what: str) -> 
         raise RowProblem("empty answer", what)
 
 
-def read_messages(raw: Any) -> list[dict[str, Any]]:
+def _read_training(message: Message, raw: dict[str, Any], reading: Reading, what: str) -> None:
+    """Whether the message trains and how much, where it says so itself."""
+    if reading.train_key is None and _MARKS.isdisjoint(raw):
+        return
+    if any(raw.get(key) for key in _DETAIL_KEYS):
+        raise RowProblem("unsupported content", f"{what} trains in parts; write it as segments")
+    for key, trains in {reading.train_key: True}.items() if reading.train_key else TRAIN_KEYS.items():
+        if raw.get(key) is not None:
+            message["train"] = as_flag(raw[key], "bad train mark", f"`{key}` of {what}") == trains
+            break
+    # `weight` is OpenAI's and theirs for assistants only; `loss_weight` makes any message train
+    for key in ("loss_weight", "weight") if message["role"] == "assistant" else ("loss_weight",):
+        if raw.get(key) is not None:
+            weight = as_number(raw[key], "bad weight", f"`{key}` of {what}")
+            if weight < 0:
+                raise RowProblem("bad weight", f"`{key}` of {what} is negative")
+            message["weight"] = weight
+            if message["role"] != "assistant" and weight > 0:
+                message.setdefault("train", True)
+            break
+
+
+def _pair_up(turns: list[Any]) -> list[Any]:
+    """Turns that alternate without roles (strings, or objects of a question and its answer) as messages."""
+    if isinstance(turns[0], dict) and (turns[0].get("role") is not None or turns[0].get("from") is not None):
+        return turns
+    if len(turns) > 1 and all(isinstance(turn, str) for turn in turns):
+        return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    messages: list[Any] = []
+    for turn in turns:
+        keys = None
+        if isinstance(turn, dict) and first_of(turn, ROLE_KEYS) is None:
+            keys = next((pair for pair in EXCHANGES if all(turn.get(key) is not None for key in pair)), None)
+        if keys is None:
+            messages.append(turn)
+            continue
+        if turn.get("system"):
+            messages.append({"role": "system", "content": turn["system"]})
+        messages.append({"role": "user", "content": turn[keys[0]]})
+        messages.append({"role": "assistant", "content": turn[keys[1]]})
+    return messages
+
+
+def read_messages(raw: Any, reading: Reading = AS_USUAL, *, need_answer: bool = True) -> list[Message]:
     """All messages of a conversation, in their order.
+
+    Args:
+        raw: a list of messages, or a JSON string of one.
+        reading: names of keys and roles.
+        need_answer: whether a conversation without an assistant's turn is refused.
 
     Raises:
         RowProblem: where there is none, none is the assistant's, or one is malformed.
@@ -230,7 +243,51 @@ def read_messages(raw: Any) -> list[dict[str, Any]]:
         raise RowProblem("malformed messages", "the messages are not a list")
     if not messages:
         raise RowProblem("no messages")
-    read = [read_message(message, number) for number, message in enumerate(messages)]
-    if all(message["role"] != "assistant" for message in read):
+    if reading.role_key is None:
+        messages = _pair_up(messages)
+    read = [read_message(message, number, reading) for number, message in enumerate(messages)]
+    if need_answer and all(message["role"] != "assistant" for message in read):
         raise RowProblem("no assistant turn")
     return read
+
+
+def finish_messages(
+    messages: Sequence[Message], tools: list[dict[str, Any]] | None, reading: Reading = AS_USUAL
+) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """Messages with reasoning and tool calls taken out of the text, and marked by the roles that train.
+
+    Args:
+        messages: in the common form; they stay as they are.
+        tools: signatures that the row names.
+        reading: what is taken out and which roles train.
+
+    Raises:
+        RowProblem: where a named notation of tool calls cannot be read.
+    """
+    if reading.reasoning == "split":
+        messages = [split_reasoning(message) for message in messages]
+    read, tools = read_dialect(messages, tools, reading.tool_calls)
+    if reading.train_roles != ("assistant",):
+        read = [_mark(message, reading.train_roles) for message in read]
+    return read, tools
+
+
+def split_reasoning(message: Message) -> Message:
+    """The message with `<think>` text in front of its answer as `reasoning_content`."""
+    if message["role"] != "assistant" or "<think>" not in message["content"]:
+        return message
+    found = _THINK.match(message["content"])
+    if found is None:
+        return message
+    text, answer = found[1].strip(), message["content"][found.end() :]
+    own = message.get("reasoning_content")
+    if not text or (own is not None and own.strip() != text):
+        return message  # an empty thought says "do not think", and of two thoughts neither may be lost
+    return {**message, "content": answer, "reasoning_content": text if own is None else own}
+
+
+def _mark(message: Message, train_roles: Sequence[str]) -> Message:
+    if "train" in message:
+        return message
+    wanted = message["role"] in train_roles
+    return message if wanted == (message["role"] == "assistant") else {**message, "train": wanted}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 from tunesmith.contracts.errors import DataError
@@ -68,11 +69,18 @@ def _first_line(error: BaseException) -> str:
 
 
 class HubRows:
-    """A hub data set that is loaded when its rows or its fingerprint are first asked for."""
+    """A hub data set that is loaded when its rows or its fingerprint are first asked for.
 
-    def __init__(self, path: str, *, split: str, name: str | None, revision: str | None) -> None:
+    With `streaming` it is not downloaded first: rows come over the network as they are asked for.
+    """
+
+    def __init__(
+        self, path: str, *, split: str, name: str | None, revision: str | None, streaming: bool = False
+    ) -> None:
         self._path = path
-        self._arguments = {"split": split, "name": name, "revision": revision}
+        self._arguments: dict[str, Any] = {"split": split, "name": name, "revision": revision}
+        if streaming:
+            self._arguments["streaming"] = True
         self._loaded: Any = None
 
     def _load(self) -> Any:
@@ -87,13 +95,21 @@ class HubRows:
                 raise explain_failure(self._path, error) from error
         return self._loaded
 
-    def rows(self) -> Iterator[Found]:
-        """Every row; the place is `org/name:row N`, from 0.
+    def rows(self, start: int = 0) -> Iterator[Found]:
+        """The rows from `start` on; the place is `org/name:row N`, from 0.
 
         Raises:
             DataError: where the data set cannot be found, reached or built.
         """
-        for number, record in enumerate(self._load()):
+        loaded = self._load()
+        records = iter(loaded.skip(start) if start else loaded)
+        for number in count(start):
+            try:
+                record = next(records)
+            except StopIteration:
+                return
+            except Exception as error:  # as in `_load`: a stream is downloaded while it is read
+                raise explain_failure(self._path, error) from error
             yield Found(f"{self._path}:row {number}", without_nulls(dict(record)))
 
     def fingerprint(self) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -23,6 +24,9 @@ from tunesmith.data.columnar import read_arrow
 from tunesmith.data.found import Found
 from tunesmith.data.hub import HubRows, looks_like_hub_name
 from tunesmith.data.readers import READERS, suffix_of
+
+_BLOCK, _BLOCKS = 2**16, 64
+"""Bytes that a stamp reads at once, and how often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,8 @@ class Source:
         part: the slice of the rows that is read.
         read: starts reading at the first row.
         digest: computes the fingerprint.
+        signs: what tells a change without reading everything; see `stamp`.
+        read_from: starts reading at a later row, where that costs less than reading up to it.
     """
 
     label: str
@@ -100,16 +106,23 @@ class Source:
     part: Part
     read: Callable[[], Iterator[Found]]
     digest: Callable[[], str]
+    signs: Callable[[], str] = lambda: ""
+    read_from: Callable[[int], Iterator[Found]] | None = None
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, at: int = 0) -> Iterator[Row]:
         """The rows of the split, in order; one that cannot be read has a problem instead of a record.
 
+        Args:
+            at: index in the whole source of the first row that is wanted; earlier ones are passed over.
+
         Raises:
-            DataError: where there is no row, or the source is damaged so that rows cannot be located.
+            DataError: where the split holds no row, or the source is damaged so that rows cannot be located.
         """
         start, stop = self.part.bounds(self._count)
-        empty = True
-        for index, (where, record, problem) in enumerate(islice(self.read(), start, stop), start=start):
+        first = max(start, at)
+        found = islice(self.read(), first, stop) if self.read_from is None else self.read_from(first)
+        empty = first == start
+        for index, (where, record, problem) in enumerate(found, start=first):
             empty = False
             yield Row(index, where, record, problem)
         if empty:
@@ -118,6 +131,13 @@ class Source:
     def fingerprint(self) -> str:
         """SHA-256 over the bytes of all files, or the fingerprint of the hub data set."""
         return self.digest()
+
+    def stamp(self) -> str:
+        """Names, sizes and samples of the files, or the data set's name: what a stream knows of its data.
+
+        A fingerprint would read everything before the first step.
+        """
+        return self.signs()
 
     def _count(self) -> int:
         return sum(1 for _ in self.read())
@@ -130,7 +150,12 @@ class Source:
 
 
 def open_source(
-    path: str | Path, *, split: str | None = None, name: str | None = None, revision: str | None = None
+    path: str | Path,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
 ) -> Source:
     """Open a file, a folder, a glob pattern or a Hugging Face data set for reading.
 
@@ -140,6 +165,7 @@ def open_source(
         split: name and slice, such as `train`, `train[:1000]`, `train[10%:20%]`, `[5:]`, `[-100:]`.
         name: configuration of a hub data set.
         revision: branch, tag or commit of a hub data set.
+        streaming: read a hub data set as it comes, without downloading it first; files always are.
 
     Raises:
         DataError: where nothing has that name, or the kind of file is unknown.
@@ -150,13 +176,33 @@ def open_source(
     selection = json.dumps([split, name, revision])
     if local.exists() or any(mark in label for mark in "*?["):
         files = _find_files(local, label, split_name)
-        return Source(label, split or selection, part, lambda: _read_all(files), lambda: _hash_all(files))
+        return Source(
+            label,
+            split or selection,
+            part,
+            lambda: _read_all(files),
+            lambda: _hash_all(files),
+            lambda: _stamp_all(files),
+        )
     mistyped = bool(local.suffix) and bool(_near(local))  # `rows.jsno` beside `rows.jsonl`
     if not looks_like_hub_name(label) or suffix_of(label) in READERS or mistyped:
         raise _missing(local)
     whole = split if split_name is not None else f"train{split or ''}"
-    hub = HubRows(label, split=whole or "train", name=name, revision=revision)
-    return Source(label, selection, Part(), hub.rows, hub.fingerprint)
+    if streaming and part != Part():
+        raise DataError(
+            f"The split {split!r} of {label} takes a part, and a streamed hub data set has whole splits only.",
+            hint="Name the split alone, such as train, or set data.streaming: false.",
+        )
+    hub = HubRows(label, split=whole or "train", name=name, revision=revision, streaming=streaming)
+    return Source(
+        label,
+        selection,
+        Part(),
+        hub.rows,
+        hub.fingerprint,
+        lambda: f"{label} {selection}",
+        hub.rows if streaming else None,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +227,24 @@ def _hash_all(files: list[_File]) -> str:
             raise DataError(f"{file.label} cannot be read: {error.strerror or error}.") from error
         total.update(suffix_of(file.path).encode() + b"\0" + content)
     return total.hexdigest()
+
+
+def _stamp_all(files: list[_File]) -> str:
+    """Labels and sizes of the files, and a hash of blocks spread over each: of small files it covers every byte."""
+    found = []
+    for file in files:
+        digest = hashlib.sha256()
+        try:
+            with file.path.open("rb") as stream:
+                size = stream.seek(0, io.SEEK_END)
+                last, between = max(0, size - _BLOCK), _BLOCKS - 1
+                for start in sorted({last * n // between for n in range(_BLOCKS)}):
+                    stream.seek(start)
+                    digest.update(stream.read(_BLOCK))
+        except OSError as error:
+            raise DataError(f"{file.label} cannot be read: {error.strerror or error}.") from error
+        found.append([file.label, size, digest.hexdigest()])
+    return json.dumps(found)
 
 
 def _find_files(local: Path, label: str, split_name: str | None) -> list[_File]:

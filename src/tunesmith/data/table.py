@@ -2,15 +2,16 @@
 
 Documents lie one behind the other in flat arrays, with the position where each starts; opening a table of any
 size costs a few system calls, and processes on one machine share its pages. Rejected: Arrow tables. They hand
-out Python lists or copies, and we need four arrays of fixed type and no schema.
+out Python lists or copies, and we need a few arrays of fixed type and no schema.
 
     ids.npy      int32 [T]       tokens of all documents
     trained.npy  bool  [T]       whether the token is a target
     starts.npy   int64 [N + 1]   where each document starts in them; the last entry is T
     rows.npy     int64 [N]       index of the row in its source
+    joined.npy   bool  [N]       whether the document belongs to the group of the one before it, as in a pair
     where.npy    uint8 [B]       places of the rows as UTF-8, one behind the other
     places.npy   int64 [N + 1]   where each place starts in it; the last entry is B
-    report.json                  the report, and the size of every file in bytes
+    report.json                  the report, the largest token, and the size of every file in bytes
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _DTYPES: dict[str, DTypeLike] = {
     "trained": np.bool_,
     "starts": np.int64,
     "rows": np.int64,
+    "joined": np.bool_,
     "where": np.uint8,
     "places": np.int64,
 }
@@ -120,6 +122,7 @@ class TableWriter:
         self._files = {name: _ArrayFile(folder / f"{name}.npy", dtype) for name, dtype in _DTYPES.items()}
         self._tokens = 0
         self._place_bytes = 0
+        self._largest = -1
         self._start_document()
 
     def __enter__(self) -> TableWriter:
@@ -135,15 +138,33 @@ class TableWriter:
         self._files["starts"].append(np.array([self._tokens]))
         self._files["places"].append(np.array([self._place_bytes]))
 
-    def add(self, ids: NDArray[np.int32], trained: NDArray[np.bool_], row: int, where: str) -> None:
-        """Append a document: its tokens `[T]`, their mask `[T]`, its row index and its place."""
+    def add(
+        self,
+        ids: NDArray[np.int32],
+        trained: NDArray[np.bool_],
+        row: int,
+        where: str,
+        *,
+        joined: bool = False,
+    ) -> None:
+        """Append a document.
+
+        Args:
+            ids: tokens, `[T]`.
+            trained: which of them are targets, `[T]`.
+            row: index of its row in the source.
+            where: place of its row.
+            joined: it belongs with the document before it: they are drawn, packed and held out together.
+        """
         assert len(ids) == len(trained)
         place = np.frombuffer(where.encode("utf-8", errors="replace"), dtype=np.uint8)
         self._files["ids"].append(ids)
         self._files["trained"].append(trained)
         self._files["rows"].append(np.array([row]))
+        self._files["joined"].append(np.array([joined]))
         self._files["where"].append(place)
         self._tokens += len(ids)
+        self._largest = max(self._largest, int(ids.max(initial=-1)))
         self._place_bytes += len(place)
         self._start_document()
 
@@ -152,7 +173,7 @@ class TableWriter:
         for file in self._files.values():
             file.finish()
         sizes = {name: (self._folder / f"{name}.npy").stat().st_size for name in self._files}
-        content = json.dumps({"report": report.to_json(), "bytes": sizes}, indent=2)
+        content = json.dumps({"report": report.to_json(), "largest": self._largest, "bytes": sizes}, indent=2)
         (self._folder / _REPORT).write_text(content, encoding="utf-8")
 
 
@@ -162,16 +183,20 @@ class TokenTable:
     Args:
         folder: a folder that `TableWriter` has finished.
 
+    Attributes:
+        largest: the highest token of all documents, -1 where there are none.
+        report: what became of the rows.
+
     Raises:
         DamagedEntryError: where files are missing or do not fit each other.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        sizes, self.report = _read_report(folder)
+        sizes, self.largest, self.report = _read_report(folder)
         arrays = {name: _map_array(folder, name, sizes.get(name)) for name in _DTYPES}
         self._ids, self._trained = arrays["ids"], arrays["trained"]
-        self._starts, self._rows = arrays["starts"], arrays["rows"]
+        self._starts, self._rows, self._joined = arrays["starts"], arrays["rows"], arrays["joined"]
         self._where, self._places = arrays["where"], arrays["places"]
         self._check()
         self._lengths = np.diff(self._starts)
@@ -179,7 +204,7 @@ class TokenTable:
     def _check(self) -> None:
         count = len(self._rows)
         consistent = (
-            len(self._starts) == len(self._places) == count + 1
+            len(self._starts) == len(self._places) == len(self._joined) + 1 == count + 1
             and self._starts[0] == self._places[0] == 0
             and self._starts[-1] == len(self._ids) == len(self._trained) == self.report.tokens
             and self._places[-1] == len(self._where)
@@ -198,6 +223,11 @@ class TokenTable:
         """int64 `[N]`, tokens of each document."""
         return self._lengths
 
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """int64 `[N]`, a number that documents of one group share; groups lie one behind the other."""
+        return np.cumsum(~self._joined, dtype=np.int64)
+
     def ids(self, index: int) -> NDArray[np.int32]:
         """int32 `[T]`, the tokens of a document; a read-only view of the file."""
         return self._ids[self._starts[index] : self._starts[index + 1]]
@@ -215,10 +245,10 @@ class TokenTable:
         return self._where[self._places[index] : self._places[index + 1]].tobytes().decode("utf-8")
 
 
-def _read_report(folder: Path) -> tuple[dict[str, Any], DataReport]:
+def _read_report(folder: Path) -> tuple[dict[str, Any], int, DataReport]:
     try:
         content = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
-        return dict(content["bytes"]), DataReport.from_json(content["report"])
+        return dict(content["bytes"]), int(content["largest"]), DataReport.from_json(content["report"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedEntryError(f"{folder}: the report cannot be read ({error})") from error
 

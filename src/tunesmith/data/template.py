@@ -14,8 +14,8 @@ A message's span is what was written from the beginning of its iteration until t
 the loop is left, also where `continue` or `break` skips the rest of the body. Loops that only look at the
 messages write nothing and give empty spans. `{% generation %}` blocks are marked in the same way.
 
-Templates are foreign code: they run in Jinja's sandbox, with a bound on iterations, on text and on `*` and
-`**`, and whatever they raise is reported as a problem of the row.
+Templates are foreign code: they run in a sandbox (`sandbox.py`), with a bound on iterations and on text, and
+whatever they raise is reported as a problem of the row.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tunesmith.contracts.errors import DataError
 from tunesmith.data.chat import RowProblem
+from tunesmith.data.sandbox import Sandbox, Trusted, bound_growth, bounded_filters, start_rendering
 
 Span = tuple[int, int]
 """First character and the character behind the last one."""
@@ -48,13 +48,16 @@ CHATML = (
 )
 """The ChatML template, for tokenizers that have none of their own."""
 
+FIXED_DATE = "2025-01-01"
+"""The day that templates write unless `data.date` names another."""
+
 _MARK = "tunesmith_mark"
 _NEXT, _LEAVE, _OPEN, _CLOSE = range(4)
 
 _MOST_EVENTS = 10_000_000
 _MOST_CHARACTERS = 1 << 28
-_LONGEST_REPEAT = 1 << 20
-_LARGEST_POWER = 4096
+
+_WIDEST_INDENT = 16
 
 _FOREIGN = (
     TemplateError,
@@ -98,31 +101,8 @@ class _Generation(Extension):
         return [_call(line, _OPEN, 0, None), scope, _call(line, _CLOSE, 0, None)]
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which also refuses `*` and `**` that would fill the memory."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and isinstance(left, int) and left.bit_length() * right > _LARGEST_POWER:
-            raise SecurityError(f"a power of more than {_LARGEST_POWER} bits")
-        if operator == "*":
-            size = _repeated(left, right) + _repeated(right, left)
-            if size > _LONGEST_REPEAT:
-                raise SecurityError(f"a repetition of more than {_LONGEST_REPEAT} items")
-        return super().call_binop(context, operator, left, right)
-
-
-def _repeated(sequence: Any, times: Any) -> int:
-    return len(sequence) * times if isinstance(sequence, str | list | tuple) and isinstance(times, int) else 0
-
-
 def _raise(message: str) -> None:
     raise TemplateError(message)
-
-
-def _now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
 
 
 def _to_json(
@@ -133,18 +113,22 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """JSON as models read it: no HTML escapes, and letters of every script as they are."""
+    if indent is not None and indent > _WIDEST_INDENT:
+        raise SecurityError(f"an indent of more than {_WIDEST_INDENT}")
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
 @functools.cache
-def _environment() -> _Sandbox:
-    environment = _Sandbox(
+def _environment() -> Sandbox:
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals.update(raise_exception=_raise, strftime_now=_now)
+    environment.filters.update(bounded_filters())
+    environment.globals.update(raise_exception=_raise)
+    del environment.globals["lipsum"]  # text by the kilometre, and no template of a model wants it
     return environment
 
 
@@ -178,7 +162,35 @@ def _mark_loops(node: nodes.Node, numbers: Iterator[int]) -> None:
         setattr(node, field, marked)
 
 
-class _Tracker:
+_LOOKING = frozenset(
+    {
+        "startswith",
+        "endswith",
+        "split",
+        "rsplit",
+        "find",
+        "rfind",
+        "index",
+        "count",
+        "partition",
+        "rpartition",
+    }
+)
+
+
+def _looked_for(tree: nodes.Node) -> tuple[str, ...]:
+    """Strings that a template looks for in a text: operands of `in`, arguments of `split` and the like."""
+    found: set[str] = set()
+    for compare in tree.find_all(nodes.Compare):
+        if any(operand.op in ("in", "notin") for operand in compare.ops):
+            found.add(getattr(compare.expr, "value", ""))
+    for call in tree.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Getattr) and call.node.attr in _LOOKING:
+            found.update(getattr(argument, "value", "") for argument in call.args)
+    return tuple(sorted(text for text in found if isinstance(text, str) and text))
+
+
+class _Tracker(Trusted):
     """Follows one rendering: how much is written, and whose iteration is running in which loop."""
 
     def __init__(self, messages: Sequence[Mapping[str, Any]]) -> None:
@@ -190,7 +202,7 @@ class _Tracker:
         self._running: dict[int, tuple[int, int]] = {}
         self._opened = 0
 
-    def mark(self, event: int, loop: int, value: Any) -> None:
+    def __call__(self, event: int, loop: int, value: Any) -> None:
         """What the marker calls in the template call."""
         self.events += 1
         if self.events > _MOST_EVENTS:
@@ -217,19 +229,27 @@ class _Tracker:
 class ChatTemplate:
     """A compiled chat template.
 
+    Args:
+        source: its text.
+        date: the day that `strftime_now` tells, so that the same row is the same text on every day.
+
     Attributes:
         source: its text.
         names: variables that it reads, such as `tools`.
         keys: attributes, keys and other string constants in it, such as `reasoning_content`.
-        renderings: how often it was rendered; the work done is linear in it.
+        needles: strings that it looks for in a text, such as `</think>`.
+        renderings: how often it was rendered.
+        written: characters that it wrote in all renderings; the work done is linear in it.
 
     Raises:
         DataError: where the template is not valid Jinja.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, date: datetime | None = None) -> None:
         self.source = source
         self.renderings = 0
+        self.written = 0
+        self._now = (date or datetime.fromisoformat(FIXED_DATE)).strftime
         environment = _environment()
         try:
             tree = environment.parse(source)
@@ -238,7 +258,9 @@ class ChatTemplate:
                 [node.attr for node in tree.find_all(nodes.Getattr)]
                 + [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
             )
+            self.needles = _looked_for(tree)
             _mark_loops(tree, iter(range(1, 1 << 30)))
+            bound_growth(tree)
             tree.set_environment(environment)
             code = environment.compile(tree)
             self._template = jinja2.Template.from_code(environment, code, dict(environment.globals))
@@ -277,9 +299,11 @@ class ChatTemplate:
             "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
-            _MARK: tracker.mark,
+            "strftime_now": self._now,
+            _MARK: tracker,
         }
         pieces: list[str] = []
+        start_rendering()
         try:
             for piece in self._template.generate(values):
                 pieces.append(piece)
@@ -288,4 +312,5 @@ class ChatTemplate:
                     raise SecurityError(f"more than {_MOST_CHARACTERS} characters")
         except _FOREIGN as error:
             raise RowProblem("template error", f"{error or type(error).__name__}") from error
+        self.written += tracker.position
         return Trace("".join(pieces), tracker.spans, tracker.generation, tracker.events)

@@ -13,15 +13,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tunesmith.contracts.errors import DataError
 from tunesmith.data.cache import cache_folder, content_key, obtain
 from tunesmith.data.chat import RowProblem
-from tunesmith.data.formats import Format, convert, resolve_format
+from tunesmith.data.formats import AS_USUAL, Format, Reading, Supervised, convert, resolve_format
+from tunesmith.data.proof import REASON
 from tunesmith.data.render import Encoded, Rendered, Renderer
 from tunesmith.data.sources import Row, Source
 from tunesmith.data.table import DataReport, TableWriter, TokenTable
@@ -48,6 +52,7 @@ def tokenize_source(
     *,
     format: str = "auto",  # noqa: A002 the name of the setting
     columns: Mapping[str, str] | None = None,
+    reading: Reading = AS_USUAL,
     renderer: Renderer,
     sequence_length: int,
     overlong: Overlong = "truncate",
@@ -61,6 +66,7 @@ def tokenize_source(
         source: where the rows come from.
         format: a key of `FORMATS`, or `auto`.
         columns: renames, the format's own name of a column to its name in the data.
+        reading: how rows are read beyond their columns.
         renderer: makes text, tokens and mask of a row.
         sequence_length: most tokens a row may have.
         overlong: what becomes of longer rows.
@@ -74,14 +80,49 @@ def tokenize_source(
         StorageError: where the disk is full.
     """
     columns = dict(columns or {})
-    key = content_key(
+    key = table_key(
+        source,
+        format=format,
+        columns=columns,
+        reading=reading,
+        renderer=renderer,
+        sequence_length=sequence_length,
+        overlong=overlong,
+        malformed=malformed,
+    )
+
+    def build(folder: Path) -> None:
+        run = _Run(renderer, sequence_length, cut=overlong == "truncate")
+        with TableWriter(folder) as writer:
+            run.tokenize(source, format, columns, reading, writer, progress)
+            _refuse(run.report, source.label, overlong, malformed)
+            _refuse_empty(run.report, source.label)
+            writer.finish(run.report)
+
+    return obtain(cache_dir or default_cache_dir(), key, build, TokenTable)
+
+
+def table_key(
+    source: Source,
+    *,
+    format: str,  # noqa: A002 the name of the setting
+    columns: Mapping[str, str],
+    reading: Reading = AS_USUAL,
+    renderer: Renderer,
+    sequence_length: int,
+    overlong: Overlong,
+    malformed: Malformed,
+) -> str:
+    """The name of a table in the cache: a hash of everything that decides its content."""
+    return content_key(
         {
             "version": VERSION,
             "source": source.fingerprint(),
             "label": source.label,
             "selection": source.selection,
             "format": format,
-            "columns": columns,
+            "columns": dict(columns),
+            "reading": asdict(reading),
             "renderer": renderer.fingerprint(),
             "sequence_length": sequence_length,
             "overlong": overlong,
@@ -89,14 +130,82 @@ def tokenize_source(
         }
     )
 
-    def build(folder: Path) -> None:
-        run = _Run(renderer, sequence_length, cut=overlong == "truncate")
-        with TableWriter(folder) as writer:
-            run.tokenize(source, format, columns, writer, progress)
-            _refuse(run.report, source.label, overlong, malformed)
-            writer.finish(run.report)
 
-    return obtain(cache_dir or default_cache_dir(), key, build, TokenTable)
+class Sink(Protocol):
+    """Takes documents: `table.TableWriter` writes them, a stream keeps them until they are drawn."""
+
+    def add(
+        self,
+        ids: NDArray[np.int32],
+        trained: NDArray[np.bool_],
+        row: int,
+        where: str,
+        *,
+        joined: bool = False,
+    ) -> None:
+        """Take a document; see `TableWriter.add`."""
+        ...
+
+
+class SourceStream:
+    """The documents of a source one after the other, tokenised as they are asked for and kept nowhere.
+
+    Args:
+        source, format, columns, reading, renderer, sequence_length, overlong, malformed: as in `tokenize_source`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        format: str = "auto",  # noqa: A002 the name of the setting
+        columns: Mapping[str, str] | None = None,
+        reading: Reading = AS_USUAL,
+        renderer: Renderer,
+        sequence_length: int,
+        overlong: Overlong = "truncate",
+        malformed: Malformed = "drop",
+    ) -> None:
+        self.source, self._format, self._columns = source, format, dict(columns or {})
+        self._reading, self._renderer, self._sequence_length = reading, renderer, sequence_length
+        self._overlong, self._malformed = overlong, malformed
+        self._run = _Run(renderer, sequence_length, cut=overlong == "truncate")
+        self.report = self._run.report
+        """What became of the rows read so far, in every pass and also ahead of what was drawn."""
+
+    def fingerprint(self) -> str:
+        """Changes with the settings and with the source's stamp, for which the source is not read."""
+        parts = {
+            "version": VERSION,
+            "stamp": self.source.stamp(),
+            "label": self.source.label,
+            "selection": self.source.selection,
+            "format": self._format,
+            "columns": self._columns,
+            "reading": asdict(self._reading),
+            "renderer": self._renderer.fingerprint(),
+            "sequence_length": self._sequence_length,
+            "overlong": self._overlong,
+            "malformed": self._malformed,
+        }
+        return content_key(parts)
+
+    def feed(self, sink: Sink, at: int = 0) -> Iterator[None]:
+        """Hand the documents from row `at` on to `sink`; stops after every batch of rows.
+
+        Raises:
+            DataError: as `tokenize_source`; what the settings refuse ends the run where it is met.
+        """
+        rows, found = find_format(self.source, self._format, self._columns, self._reading)
+        self.report.format = found.name
+        if at:
+            rows = self.source.rows(at)
+        while batch := list(islice(rows, _BATCH)):
+            self._run.batch(batch, found, self._columns, sink)
+            _refuse(self.report, self.source.label, self._overlong, self._malformed)
+            yield
+        if not at:
+            _refuse_empty(self.report, self.source.label)
 
 
 @dataclass
@@ -115,21 +224,24 @@ class _Run:
         source: Source,
         format_name: str,
         columns: Mapping[str, str],
+        reading: Reading,
         writer: TableWriter,
         progress: Callable[[int], None] | None,
     ) -> None:
-        rows, found = find_format(source, format_name, columns)
+        rows, found = find_format(source, format_name, columns, reading)
         self.report.format = found.name
         while batch := list(islice(rows, _BATCH)):
-            rendered = [
-                (row, text) for row in batch if (text := self._render(row, found, columns)) is not None
-            ]
-            encoded = self.renderer.encode([text for _, text in rendered])
-            for (row, text), tokens in zip(rendered, encoded, strict=True):
-                self._keep(row, text, tokens, writer)
-            self.report.rows_in += len(batch)
+            self.batch(batch, found, columns, writer)
             if progress is not None:
                 progress(self.report.rows_in)
+
+    def batch(self, batch: list[Row], found: Format, columns: Mapping[str, str], sink: Sink) -> None:
+        """Hand the documents of some rows to `sink` and account for all of them."""
+        rendered = [(row, text) for row in batch if (text := self._render(row, found, columns)) is not None]
+        encoded = self.renderer.encode([text for _, text in rendered])
+        for (row, text), tokens in zip(rendered, encoded, strict=True):
+            self._keep(row, text, tokens, sink)
+        self.report.rows_in += len(batch)
         self.report.notes = [f"{note} ({count} rows)" for note, count in self.notes.items()]
 
     def _render(self, row: Row, found: Format, columns: Mapping[str, str]) -> Rendered | None:
@@ -137,12 +249,17 @@ class _Run:
             self._drop(row, _UNREADABLE, row.problem or "")
             return None
         try:
-            return self.renderer.render(convert(found, row.record, columns))
+            item = convert(found, row.record, columns)
+            assert isinstance(item, Supervised), "`resolve_format` refuses formats of another kind"
+            return self.renderer.render(item)
         except RowProblem as problem:
             self._drop(row, problem.reason, problem.detail)
             return None
 
-    def _keep(self, row: Row, text: Rendered, tokens: Encoded, writer: TableWriter) -> None:
+    def _keep(self, row: Row, text: Rendered, tokens: Encoded, sink: Sink) -> None:
+        if tokens.problem is not None:
+            self._drop(row, tokens.problem.reason, tokens.problem.detail)
+            return
         length = len(tokens.ids)
         too_long = length > self.sequence_length
         if too_long and not self.cut:
@@ -155,11 +272,11 @@ class _Run:
         if too_long:
             self.report.truncated += 1
             self._name(row, _CUT, f"{length} tokens cut to {self.sequence_length}")
-        writer.add(ids, trained, row.index, row.where)
+        sink.add(ids, trained, row.index, row.where)
         self.report.rows_kept += 1
         self.report.tokens += len(ids)
         self.report.trained_tokens += int(trained.sum())
-        self.notes.update(text.notes)
+        self.notes.update(set(text.notes + tokens.notes))
 
     def _drop(self, row: Row, reason: str, detail: str) -> None:
         self.report.dropped[reason] = self.report.dropped.get(reason, 0) + 1
@@ -171,7 +288,9 @@ class _Run:
             self.report.examples.append(f"{row.where}: {reason}" + (f" ({detail})" if detail else ""))
 
 
-def find_format(source: Source, name: str, columns: Mapping[str, str]) -> tuple[Iterator[Row], Format]:
+def find_format(
+    source: Source, name: str, columns: Mapping[str, str], reading: Reading = AS_USUAL
+) -> tuple[Iterator[Row], Format]:
     """All rows of the source, and their format by the columns of the first ones together."""
     rows = source.rows()
     head: list[Row] = []
@@ -186,19 +305,25 @@ def find_format(source: Source, name: str, columns: Mapping[str, str]) -> tuple[
             f"No row of {source.label} can be read; {head[0].where}: {head[0].problem or 'no columns'}.",
             hint="Check that the file is of the kind that its suffix says.",
         )
-    return chain(head, rows), resolve_format(name, columns, sample)
+    return chain(head, rows), resolve_format(name, columns, sample, reading=reading)
 
 
 def _refuse(report: DataReport, label: str, overlong: Overlong, malformed: Malformed) -> None:
-    """Raise where the settings do not accept what was dropped, or nothing is left."""
+    """Raise where the settings do not accept what was dropped."""
     too_long = report.dropped.get(_TOO_LONG, 0)
     if overlong == "error" and too_long:
         raise _refusal(report, label, [_TOO_LONG], "Raise train.sequence_length, or set data.overlong.")
     broken = [reason for reason in report.dropped if reason != _TOO_LONG]
     if malformed == "error" and broken:
         raise _refusal(report, label, broken, "Mend these rows, or set data.malformed to drop.")
+
+
+def _refuse_empty(report: DataReport, label: str) -> None:
+    """Raise where nothing is left."""
     if report.rows_kept == 0:
         hint = "`tunesmith inspect` shows what becomes of a row; set format and columns if rows are read wrongly."
+        if REASON in report.dropped:
+            hint = "Set data.template to the model's own or a named one, or data.prefix_mismatch to context or allow."
         raise _refusal(report, label, list(report.dropped), hint, none_left=True)
 
 

@@ -110,6 +110,8 @@ class ConsoleView:
 
     def _evaluated(self, event: Evaluated) -> None:
         self._console.print(f"held-out loss at step {event.step}: [bold]{event.loss:.4f}[/]", highlight=False)
+        for name, loss in event.by_source.items():
+            self._console.print(f"  {loss:.4f} {name}", highlight=False, markup=False, soft_wrap=True)
 
     def _saved(self, event: Saved) -> None:
         self._console.print(

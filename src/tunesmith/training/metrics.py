@@ -28,6 +28,8 @@ def _finite(value: Any) -> Any:
     """JSON has no NaN or infinity: they are written as strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
     return value
 
 

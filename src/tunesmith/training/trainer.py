@@ -1,8 +1,9 @@
 """The training loop: plan, step, measure, save; read it top to bottom in `Trainer.train`.
 
 There are no hooks to subclass. What happens is said as events to observers; what the run needs to go on after a
-kill is in the checkpoint: trained parameters, optimizer, random states and two integers that name the place in
-the data. Checkpoints lie between optimizer steps, so nothing of a half-done accumulation is ever needed.
+kill is in the checkpoint: trained parameters, optimizer, random states and the place in the data, two integers
+where it lies in tables. Checkpoints lie between optimizer steps, so nothing of a half-done accumulation is ever
+needed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,8 @@ from numpy.typing import NDArray
 from tunesmith.contracts.batch import TokenBatch
 from tunesmith.contracts.errors import UserError
 from tunesmith.contracts.events import Evaluated, Event, Finished, Observer, Saved, Started, Stepped, Warned
-from tunesmith.data.batches import (
-    BatchPlan,
-    Corpus,
-    Row,
-    collate,
-    micro_batches,
-    rows_of_epoch,
-    steps_of_epoch,
-)
+from tunesmith.data.batches import BatchPlan, Corpus, collate, micro_batches
+from tunesmith.data.feed import Feed, Position, Step, TableFeed
 from tunesmith.distributed.single import SingleDevice
 from tunesmith.training.checkpoint import Checkpoint, CheckpointStore
 from tunesmith.training.evaluate import held_out_loss
@@ -71,14 +65,6 @@ class Cadence:
 
 
 @dataclass(frozen=True, slots=True)
-class Position:
-    """A place in the data: the epoch, and the steps of it that are complete."""
-
-    epoch: int = 0
-    step_in_epoch: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Outcome:
     """How training ended.
 
@@ -101,15 +87,6 @@ class Outcome:
     all_tokens: int
 
 
-def count_steps(corpus: Corpus, documents_N: NDArray[np.int64], plan: BatchPlan, epochs: float) -> int:
-    """Optimizer steps of `epochs` passes; a fraction of a pass is rounded up to a step."""
-    total = 0
-    for epoch in range(int(np.ceil(epochs))):
-        steps = len(steps_of_epoch(corpus, rows_of_epoch(corpus, documents_N, plan, epoch), plan))
-        total += int(np.ceil(steps * min(1.0, epochs - epoch) - 1e-9))
-    return total
-
-
 class Trainer:
     """Trains a model over the documents of a corpus.
 
@@ -124,6 +101,7 @@ class Trainer:
         store: where checkpoints go.
         identity: what must not change between the parts of an interrupted run.
         run_dir: where faults are written.
+        feed: where the steps come from; by default the documents `train_N` of the corpus.
     """
 
     def __init__(
@@ -141,11 +119,13 @@ class Trainer:
         store: CheckpointStore,
         identity: dict[str, Any],
         run_dir: Path,
+        feed: Feed | None = None,
     ) -> None:
         self.backend, self.loss, self.corpus = backend, loss, corpus
         self.train_N, self.held_out_N, self.plan, self.grouping = train_N, held_out_N, plan, grouping
         self.schedule, self.cadence, self.store = schedule, cadence, store
         self.identity, self.run_dir = identity, run_dir
+        self.feed = feed if feed is not None else TableFeed(corpus, train_N, plan)
         self.observers: list[Observer] = []  # receive every event
         self.step = 0
         self.position = Position()
@@ -179,8 +159,8 @@ class Trainer:
             self._evaluate()
         self.loss.causal.model.train()
         with StopRequest() as stop:
-            for rows in self._remaining_steps():
-                self._run_step(rows)
+            for data in self._remaining_steps():
+                self._run_step(data)
                 if self._due(self.cadence.eval_every):
                     self._evaluate()
                 if self._due(self.cadence.save_every):
@@ -213,44 +193,42 @@ class Trainer:
             all_tokens=self.tokens,
         )
 
-    def _remaining_steps(self) -> Iterator[list[Row]]:
-        """The rows of each step from the current position on; moves the position past a step it has yielded."""
-        while True:
-            epoch = self.position.epoch
-            rows = rows_of_epoch(self.corpus, self.train_N, self.plan, epoch)
-            steps = steps_of_epoch(self.corpus, rows, self.plan)
-            self._steps_in_epoch = len(steps)
-            for index in range(self.position.step_in_epoch, len(steps)):
-                if self.step >= self.cadence.total_steps:
-                    return
-                self.position = replace(self.position, step_in_epoch=index + 1)
-                yield steps[index]
-            self.position = Position(epoch + 1, 0)
+    def _remaining_steps(self) -> Iterator[Step]:
+        """The data of each step from the current position on, up to the last step of the run."""
+        if self.step >= self.cadence.total_steps:
+            return
+        for data in self.feed.steps(self.position):
+            yield data
+            if self.step >= self.cadence.total_steps:
+                return
 
-    def _run_step(self, rows: list[Row]) -> None:
+    def _run_step(self, data: Step) -> None:
         started = time.monotonic()
         groups = micro_batches(
-            self.corpus,
-            rows,
+            data.corpus,
+            data.rows,
             rows_per_batch=self.grouping.rows_per_batch,
             max_tokens=self.grouping.max_tokens,
         )
-        batches = [collate(self.corpus, documents) for documents in groups]
+        batches = [collate(data.corpus, documents) for documents in groups]
         rate = self.schedule.apply(self.backend.optimizer, self.step)
         result = train_step(self.backend, batches, self.loss, self.cadence.max_grad_norm)
         self.step += 1
-        self._report_step(batches, result, rate, time.monotonic() - started)
+        before, self.position = self.position, data.position
+        self._report_step(batches, result, rate, data.epochs, time.monotonic() - started)
         if result.fault is not None:
-            self._handle_fault(result, batches)
+            self._handle_fault(result, batches, data, before)
 
-    def _handle_fault(self, result: StepResult, batches: list[TokenBatch]) -> None:
-        report = write_fault(self.run_dir / "faults", self.step, result, batches, self.corpus)
+    def _handle_fault(
+        self, result: StepResult, batches: list[TokenBatch], data: Step, before: Position
+    ) -> None:
+        report = write_fault(self.run_dir / "faults", self.step, result, batches, data.corpus)
         if self.cadence.on_non_finite == "stop":
             self._emit(Finished(step=self.step, reason="non-finite", seconds=time.monotonic() - self._began))
             error = fault_error(self.step, result, report)
             # nothing was applied: keep what was learned before, with the faulty step still to come
             self.step -= 1
-            self.position = replace(self.position, step_in_epoch=self.position.step_in_epoch - 1)
+            self.position = before
             if self.step:
                 self._save()
             raise error
@@ -280,12 +258,16 @@ class Trainer:
             self._warn(f"The held-out loss at step {self.step} is {measured.loss}: the model has diverged.")
         self._emit(
             Evaluated(
-                step=self.step, loss=measured.loss, tokens=measured.tokens, seconds=time.monotonic() - started
+                step=self.step,
+                loss=measured.loss,
+                by_source=measured.by_source,
+                tokens=measured.tokens,
+                seconds=time.monotonic() - started,
             )
         )
 
     def _report_step(
-        self, batches: list[TokenBatch], result: StepResult, rate: float, seconds: float
+        self, batches: list[TokenBatch], result: StepResult, rate: float, epochs: float, seconds: float
     ) -> None:
         tokens = sum(batch.tokens for batch in batches)
         supervised = sum(batch.supervised for batch in batches)
@@ -293,7 +275,7 @@ class Trainer:
         self._emit(
             Stepped(
                 step=self.step,
-                epoch=self.position.epoch + self.position.step_in_epoch / self._steps_in_epoch,
+                epoch=epochs,
                 loss=result.loss,
                 grad_norm=result.grad_norm,
                 learning_rate=rate,
@@ -326,6 +308,7 @@ class Trainer:
             "step": self.step,
             "epoch": self.position.epoch,
             "step_in_epoch": self.position.step_in_epoch,
+            "stream": self.position.stream,
             "tokens": self.tokens,
             "grouping": [self.grouping.rows_per_batch, self.grouping.max_tokens],
             "evals": {str(step): loss for step, loss in self.evals.items()},
@@ -358,7 +341,7 @@ class Trainer:
         restore_rng(tensors, state["rng"])
         self.step = state["step"]
         self.tokens = self._tokens_before = state["tokens"]
-        self.position = Position(state["epoch"], state["step_in_epoch"])
+        self.position = Position(state["epoch"], state["step_in_epoch"], state.get("stream"))
         if self.grouping.rows_per_batch is None:  # a number in the settings counts; `auto` is what it was
             self.grouping = MicroBatching(*state["grouping"])
         self.evals = {int(step): loss for step, loss in state["evals"].items()}
