@@ -193,7 +193,7 @@ def test_ctrl_c_is_one_word(check, monkeypatch) -> None:
 def test_without_a_model_the_demos_tokenizer_is_used(
     tiny_model_dir, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr(demo, "_model_folder", lambda _console: tiny_model_dir)
+    monkeypatch.setattr(demo, "model_folder", lambda _console: tiny_model_dir)
 
     assert exit_code("data", "check", write(tmp_path / "rows.jsonl", GOOD)) == 0
     assert "SmolLM2-135M-Instruct, template auto" in capsys.readouterr().out
@@ -203,7 +203,7 @@ def test_without_any_tokenizer_it_says_what_to_do(tmp_path: Path, capsys, monkey
     def missing(_console: Console) -> Path:
         raise UserError("The demo's model is not installed.")
 
-    monkeypatch.setattr(demo, "_model_folder", missing)
+    monkeypatch.setattr(demo, "model_folder", missing)
 
     assert exit_code("data", "check", write(tmp_path / "rows.jsonl", GOOD)) == 2
     error = capsys.readouterr().err

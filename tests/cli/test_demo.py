@@ -18,7 +18,7 @@ from tunesmith.config.load import load_settings
 @pytest.fixture
 def tiny(tiny_model_dir: Path, tmp_path: Path, monkeypatch) -> Path:
     """The demo's model is the tiny one, and the current directory an empty folder."""
-    monkeypatch.setattr(demo, "_model_folder", lambda _console: tiny_model_dir)
+    monkeypatch.setattr(demo, "model_folder", lambda _console: tiny_model_dir)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
@@ -75,7 +75,7 @@ def test_what_the_demo_trains_on_is_not_what_it_is_measured_on() -> None:
 def test_folders_with_odd_names(tmp_path: Path, monkeypatch, name: str) -> None:
     """The folders are put into the settings, not into the text of the YAML file."""
     seen: list[Any] = []
-    monkeypatch.setattr(demo, "_model_folder", lambda _console: tmp_path / name)
+    monkeypatch.setattr(demo, "model_folder", lambda _console: tmp_path / name)
     monkeypatch.setattr(demo, "execute", lambda settings, console, **_: seen.append(settings))
     demo.run_demo(Console(quiet=True), ["train.steps=3"])
     (settings,) = seen
@@ -96,7 +96,7 @@ def test_a_converted_model_is_used_again(tmp_path: Path, monkeypatch) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     monkeypatch.setattr(demo, "_weights", lambda: pytest.fail("converted again"))
-    assert demo._model_folder(Console(quiet=True)) == folder
+    assert demo.model_folder(Console(quiet=True)) == folder
 
 
 def test_the_demos_run_file_is_one_to_copy() -> None:

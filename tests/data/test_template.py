@@ -197,6 +197,9 @@ BOMBS = [
     "{{ (['b'] * 99999) | join('a' * 99999) }}",
     "{{ [1] | tojson(indent=999999999) }}",
     "{{ lipsum(n=999999) }}",
+    "{% set n = namespace(x=10) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x }}",
+    "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% for i in range(10000) %}{% for j in range(10000) %}{% endfor %}{% endfor %}",
 ]
 
 

@@ -52,7 +52,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         if "TUNESMITH_CACHE" not in os.environ:
             patch.setenv("TUNESMITH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return demo._model_folder(Console(quiet=True))
+        return demo.model_folder(Console(quiet=True))
 
 
 def demo_rows(name: str) -> list[dict[str, str]]:
@@ -108,7 +108,7 @@ def test_the_demo_learns_and_its_adapter_gives_the_same_loss_in_peft(
 
     results: list[RunResult] = []
     execute: Callable[..., RunResult] = partial(demo.execute, answer_tokens=2)
-    monkeypatch.setattr(demo, "_model_folder", lambda _console: model_dir)
+    monkeypatch.setattr(demo, "model_folder", lambda _console: model_dir)
     monkeypatch.setattr(demo, "execute", lambda *a, **options: results.append(execute(*a, **options)))
     demo.run_demo(Console(quiet=True), [f"output.dir={tmp_path / 'run'}"])
 

