@@ -108,7 +108,9 @@ class Masker:
     ) -> None:
         self.rule = rule
         self._eos = eos
-        self._control = tuple(sorted(control, key=len, reverse=True))
+        self._control = tuple(control)
+        self._known = frozenset(control)
+        self._lengths = sorted({len(token) for token in control}, reverse=True)
         self._template = template
         self._variables = variables
         self._headers: dict[str, tuple[str, ...]] = {}
@@ -169,10 +171,10 @@ class Masker:
         return Turn(number, start, start + len(header), self._stop(text, start + len(header), end), end)
 
     def _stop(self, text: str, start: int, end: int) -> int:
-        if not text.endswith(self._control, start, end):
-            return end
-        token = next(token for token in self._control if text.endswith(token, start, end))
-        return end - len(token)
+        for length in self._lengths:
+            if length <= end - start and text[end - length : end] in self._known:
+                return end - length
+        return end
 
     def spans(
         self, trace: Trace, messages: Sequence[Message], spans: Sequence[Span], turns: Sequence[Turn]

@@ -16,18 +16,83 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tunesmith.data.rendered import without_surrogates
 from tunesmith.data.template import Span
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 Offsets = list[tuple[int, int]]
 _WINDOW = 256
 _MOST_DESCRIBED = 64
 _MOST_TAILS = 1 << 12
+
+
+class Tokenised(Protocol):
+    """The tokens of a text and where they stand in it.
+
+    Attributes:
+        ids: the tokens.
+    """
+
+    ids: list[int]
+
+    @property
+    def offsets(self) -> Offsets:
+        """First character of each token and the one behind its last."""
+        ...
+
+    def place(self, character: int) -> int:
+        """How many tokens start before a character; where tokens start never goes back."""
+        ...
+
+
+class Whole:
+    """A text that was tokenised as one: what the tokenizer knows of it is asked as it is needed."""
+
+    __slots__ = ("_encoding", "ids")
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._encoding = encoding
+        self.ids: list[int] = encoding.ids
+
+    @property
+    def offsets(self) -> Offsets:
+        """As in `Tokenised`; made anew each time."""
+        return list(self._encoding.offsets)
+
+    def _start(self, token: int) -> int:
+        characters = self._encoding.token_to_chars(token)
+        assert characters is not None, "the tokenizer put a token of its own into a template's text"
+        return int(characters[0])
+
+    def place(self, character: int) -> int:
+        """As in `Tokenised`; mostly a token starts right there."""
+        token = self._encoding.char_to_token(character)
+        if (
+            token is not None
+            and self._start(token) == character
+            and (token == 0 or self._start(token - 1) < character)
+        ):
+            return int(token)
+        return bisect_left(range(len(self.ids)), character, key=self._start)
+
+
+class Pieces:
+    """A text that was tokenised in pieces, or by a tokenizer that gives lists."""
+
+    __slots__ = ("ids", "offsets")
+
+    def __init__(self, ids: list[int], offsets: Offsets) -> None:
+        self.ids = ids
+        self.offsets = offsets
+
+    def place(self, character: int) -> int:
+        """As in `Tokenised`."""
+        return bisect_left(self.offsets, (character,))
 
 
 class Seams:
@@ -58,26 +123,32 @@ class Seams:
                 break
         if start < 0:
             return self._ids(text[:end])
-        window = text[start:end]
-        tail = self._tails.get(window)
+        return self.header(text[start:end])
+
+    def header(self, text: str) -> list[int]:
+        """Tokens of a short text that begins with a control token; remembered, not to be changed."""
+        tail = self._tails.get(text)
         if tail is None:
             if len(self._tails) >= _MOST_TAILS:
                 self._tails.clear()
-            tail = self._tails[window] = self._ids(window)
+            tail = self._tails[text] = self._ids(text)
         return tail
 
-    def check(self, text: str, end: int, ids: list[int], offsets: Offsets) -> bool:
+    def control_spans(self, text: str) -> list[Span]:
+        """Where control tokens stand in a text, the longest of those that start at a place."""
+        return [match.span() for match in self._pattern.finditer(text)]
+
+    def check(self, text: str, end: int, tokens: Tokenised) -> bool:
         """Whether the tokens of a row before the character `end` are those of the prompt that ends there.
 
         Args:
             text: the row.
             end: length of the prompt.
-            ids: tokens of the row.
-            offsets: their characters.
+            tokens: those of the row.
         """
         tail = self._tail(text, end)
-        place = bisect_left(offsets, (end,))
-        return place >= len(tail) and ids[place - len(tail) : place] == tail
+        place = tokens.place(end)
+        return place >= len(tail) and tokens.ids[place - len(tail) : place] == tail
 
     def describe(self, prompt: str, text: str) -> str:
         """Where a row leaves the prompt: the first token that differs, decoded. The first ones are exact."""
@@ -101,9 +172,7 @@ class Seams:
         pieces = [text[start:end] for start, end in pairwise(bounds)]
         return [token for piece in pieces for token in self._ids(piece)] == self._ids(text)
 
-    def encode_pieces(
-        self, text: str, cuts: Iterable[int], literal: Sequence[Span]
-    ) -> tuple[list[int], Offsets]:
+    def encode_pieces(self, text: str, cuts: Iterable[int], literal: Sequence[Span]) -> Pieces:
         """Tokens of a text with cuts between its pieces.
 
         Args:
@@ -128,4 +197,4 @@ class Seams:
             )
             ids += piece["input_ids"]
             offsets += [(first + start, last + start) for first, last in piece["offset_mapping"]]
-        return ids, offsets
+        return Pieces(ids, offsets)

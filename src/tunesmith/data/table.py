@@ -28,6 +28,8 @@ from numpy.typing import DTypeLike, NDArray
 from tunesmith.data.cache import DamagedEntryError
 
 _REPORT = "report.json"
+_AT_ONCE = 64
+"""Documents that are written together: seven small writes for each took as long as its mask."""
 _DTYPES: dict[str, DTypeLike] = {
     "ids": np.int32,
     "trained": np.bool_,
@@ -120,10 +122,14 @@ class TableWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files = {name: _ArrayFile(folder / f"{name}.npy", dtype) for name, dtype in _DTYPES.items()}
-        self._tokens = 0
-        self._place_bytes = 0
         self._largest = -1
-        self._start_document()
+        self._ids: list[NDArray[np.int32]] = []
+        self._trained: list[NDArray[np.bool_]] = []
+        self._documents: list[tuple[int, bool]] = []
+        self._where: list[bytes] = []
+        self._ends = {"starts": 0, "places": 0}
+        for name in self._ends:
+            self._files[name].append(np.array([0]))
 
     def __enter__(self) -> TableWriter:
         return self
@@ -133,10 +139,6 @@ class TableWriter:
     ) -> None:
         for file in self._files.values():
             file.close()
-
-    def _start_document(self) -> None:
-        self._files["starts"].append(np.array([self._tokens]))
-        self._files["places"].append(np.array([self._place_bytes]))
 
     def add(
         self,
@@ -157,19 +159,35 @@ class TableWriter:
             joined: it belongs with the document before it: they are drawn, packed and held out together.
         """
         assert len(ids) == len(trained)
-        place = np.frombuffer(where.encode("utf-8", errors="replace"), dtype=np.uint8)
-        self._files["ids"].append(ids)
-        self._files["trained"].append(trained)
-        self._files["rows"].append(np.array([row]))
-        self._files["joined"].append(np.array([joined]))
-        self._files["where"].append(place)
-        self._tokens += len(ids)
-        self._largest = max(self._largest, int(ids.max(initial=-1)))
-        self._place_bytes += len(place)
-        self._start_document()
+        self._ids.append(ids)
+        self._trained.append(trained)
+        self._documents.append((row, joined))
+        self._where.append(where.encode("utf-8", errors="replace"))
+        if len(self._ids) == _AT_ONCE:
+            self._write()
+
+    def _write(self) -> None:
+        """Write the documents that wait."""
+        if not self._ids:
+            return
+        ids_T = np.concatenate(self._ids)
+        rows, joined = zip(*self._documents, strict=True)
+        self._largest = max(self._largest, int(ids_T.max(initial=-1)))
+        self._files["ids"].append(ids_T)
+        self._files["trained"].append(np.concatenate(self._trained))
+        self._files["rows"].append(np.array(rows))
+        self._files["joined"].append(np.array(joined))
+        self._files["where"].append(np.frombuffer(b"".join(self._where), dtype=np.uint8))
+        ends = {"starts": list(map(len, self._ids)), "places": list(map(len, self._where))}
+        for name, lengths in ends.items():
+            ends_N = self._ends[name] + np.cumsum(lengths, dtype=np.int64)
+            self._files[name].append(ends_N)
+            self._ends[name] = int(ends_N[-1])
+        self._ids, self._trained, self._documents, self._where = [], [], [], []
 
     def finish(self, report: DataReport) -> None:
-        """Write the headers and the report."""
+        """Write what waits, the headers and the report."""
+        self._write()
         for file in self._files.values():
             file.finish()
         sizes = {name: (self._folder / f"{name}.npy").stat().st_size for name in self._files}

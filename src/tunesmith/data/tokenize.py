@@ -3,7 +3,8 @@
 Nothing is lost in silence: a row trains, or it is counted under a reason, and the first of each reason are
 named with their place. What the settings refuse ends the run, after the whole source was read, so that one
 message can say how many rows are concerned. Rows go through in batches, because the tokenizer works on many
-texts at once; memory stays the same for every size of source.
+texts at once; memory stays the same for every size of source. A
+table's batches overlap, see `pipeline.py`.
 
 Rejected: `datasets.map`. It caches by pickling code, so a changed comment retokenises and a changed template
 may not, and a function applied to rows cannot drop one of them and say why.
@@ -23,8 +24,8 @@ from numpy.typing import NDArray
 
 from tunesmith.contracts.errors import DataError
 from tunesmith.data.cache import cache_folder, content_key, obtain
-from tunesmith.data.chat import RowProblem
-from tunesmith.data.formats import AS_USUAL, Format, Reading, Supervised, convert, resolve_format
+from tunesmith.data.formats import AS_USUAL, Format, Reading, resolve_format
+from tunesmith.data.pipeline import Pipeline, Prepared, short_collections
 from tunesmith.data.proof import REASON
 from tunesmith.data.render import Encoded, Rendered, Renderer
 from tunesmith.data.sources import Row, Source
@@ -36,7 +37,7 @@ VERSION = 1
 _BATCH = 512
 _SAMPLE = 64
 _EXAMPLES, _EXAMPLES_PER_REASON = 20, 5
-_UNREADABLE, _UNTRAINABLE, _TOO_LONG, _CUT = "unreadable", "nothing to train on", "too long", "truncated"
+_UNTRAINABLE, _TOO_LONG, _CUT = "nothing to train on", "too long", "truncated"
 
 Overlong = Literal["drop", "truncate", "error"]
 Malformed = Literal["drop", "error"]
@@ -93,7 +94,7 @@ def tokenize_source(
 
     def build(folder: Path) -> None:
         run = _Run(renderer, sequence_length, cut=overlong == "truncate")
-        with TableWriter(folder) as writer:
+        with TableWriter(folder) as writer, short_collections():
             run.tokenize(source, format, columns, reading, writer, progress)
             _refuse(run.report, source.label, overlong, malformed)
             _refuse_empty(run.report, source.label)
@@ -230,31 +231,23 @@ class _Run:
     ) -> None:
         rows, found = find_format(source, format_name, columns, reading)
         self.report.format = found.name
-        while batch := list(islice(rows, _BATCH)):
-            self.batch(batch, found, columns, writer)
+        batches = iter(lambda: list(islice(rows, _BATCH)), [])
+        for prepared in Pipeline(self.renderer, found, columns).ahead(batches):
+            self._account(prepared, writer)
             if progress is not None:
                 progress(self.report.rows_in)
 
     def batch(self, batch: list[Row], found: Format, columns: Mapping[str, str], sink: Sink) -> None:
         """Hand the documents of some rows to `sink` and account for all of them."""
-        rendered = [(row, text) for row in batch if (text := self._render(row, found, columns)) is not None]
-        encoded = self.renderer.encode([text for _, text in rendered])
-        for (row, text), tokens in zip(rendered, encoded, strict=True):
-            self._keep(row, text, tokens, sink)
-        self.report.rows_in += len(batch)
-        self.report.notes = [f"{note} ({count} rows)" for note, count in self.notes.items()]
+        self._account(Pipeline(self.renderer, found, columns).prepare(batch), sink)
 
-    def _render(self, row: Row, found: Format, columns: Mapping[str, str]) -> Rendered | None:
-        if row.record is None:
-            self._drop(row, _UNREADABLE, row.problem or "")
-            return None
-        try:
-            item = convert(found, row.record, columns)
-            assert isinstance(item, Supervised), "`resolve_format` refuses formats of another kind"
-            return self.renderer.render(item)
-        except RowProblem as problem:
+    def _account(self, prepared: Prepared, sink: Sink) -> None:
+        for row, problem in prepared.dropped:
             self._drop(row, problem.reason, problem.detail)
-            return None
+        for row, text, tokens in prepared.documents():
+            self._keep(row, text, tokens, sink)
+        self.report.rows_in += prepared.count
+        self.report.notes = [f"{note} ({count} rows)" for note, count in self.notes.items()]
 
     def _keep(self, row: Row, text: Rendered, tokens: Encoded, sink: Sink) -> None:
         if tokens.problem is not None:
@@ -276,7 +269,8 @@ class _Run:
         self.report.rows_kept += 1
         self.report.tokens += len(ids)
         self.report.trained_tokens += int(trained.sum())
-        self.notes.update(set(text.notes + tokens.notes))
+        if text.notes or tokens.notes:
+            self.notes.update(dict.fromkeys(text.notes + tokens.notes, 1))
 
     def _drop(self, row: Row, reason: str, detail: str) -> None:
         self.report.dropped[reason] = self.report.dropped.get(reason, 0) + 1
