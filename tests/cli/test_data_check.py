@@ -175,6 +175,36 @@ def test_a_mistyped_path_is_told_before_a_tokenizer_is_loaded(check, tmp_path: P
     assert "The nearest name there is rows.jsonl" in err
 
 
+def test_a_run_file_is_told_where_it_is_read(check, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: {name: tiny}\n", encoding="utf-8")
+
+    code, out, err = check(tmp_path / "run.yaml")
+
+    assert (code, out) == (2, "")
+    assert "run.yaml is a run file" in err
+    assert f"`tunesmith inspect {tmp_path / 'run.yaml'}`" in err
+
+
+@pytest.mark.parametrize("words", [(), ("--format", "custom"), ("--format", "alpaca")])
+def test_columns_of_other_names_are_told_where_they_belong(check, words: tuple[str, ...]) -> None:
+    code, out, err = check([{"User Question": "why", "The Answer": "so"}], *words)
+
+    assert (code, out) == (2, "")
+    assert err.endswith("belong into a run file, which `tunesmith inspect` reads.\n")
+
+
+def test_a_table_with_another_separator_is_told_so(check, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("Question;Answer\nwhy;so\n", encoding="utf-8")
+
+    code, out, err = check(tmp_path / "rows.csv")
+
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: No format matches the columns Question;Answer.\n"
+        "Fields are separated by commas in a .csv file and by tabs in a .tsv file; this one has others.\n"
+    )
+
+
 def test_ctrl_c_is_one_word(check, monkeypatch) -> None:
     def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
@@ -319,12 +349,12 @@ def test_of_a_long_row_the_first_tokens_are_shown(check) -> None:
 @pytest.mark.parametrize(
     ("row", "kind", "counts"),
     [
-        (PREFERRED, "pairs of a better and a worse answer", "1 pairs, 0 with equal answers"),
-        ({"prompt": "q", "completion": "a", "label": True}, "answers labelled good or bad", "1 good answers"),
+        (PREFERRED, "pairs of a better and a worse answer", "1 pair, 0 with equal answers"),
+        ({"prompt": "q", "completion": "a", "label": True}, "answers labelled good or bad", "1 good answer"),
         (
             {"prompt": "q", "completions": ["a", "b"], "labels": [True, False]},
             "labelled steps",
-            "1 right steps",
+            "1 right step",
         ),
     ],
 )
@@ -395,3 +425,59 @@ def test_the_demos_own_data_is_clean(check) -> None:
 
     assert code == 0
     assert "96 read, 96 complete" in out
+
+
+# ---------------------------------------------------------------- rows of tokens
+
+
+def test_rows_of_tokens_are_shown_as_text(check, report) -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("Natalia sold clips to her friends in April")["input_ids"]
+    row = {"input_ids": ids, "labels": [-100] * 2 + ids[2:5] + [-100] * (len(ids) - 5)}
+
+    code, out, _ = check([row])
+    assert code == 0
+    assert f"trained on:\n{tokenizer.decode(ids[2:5])}\n" in out
+    _, found = report([row])
+    assert [(piece["trained"], piece["text"]) for piece in found["example"]["pieces"]] == [
+        (False, tokenizer.decode(ids[:2])),
+        (True, tokenizer.decode(ids[2:5])),
+        (False, tokenizer.decode(ids[5:])),
+    ]
+
+
+def test_tokens_of_another_tokenizer_are_dropped(check, tmp_path: Path) -> None:
+    size = len(tiny_tokenizer())
+    code, out, _ = check([{"input_ids": [1, 5, size - 1]}, {"input_ids": [1, 5, size]}])
+
+    assert code == 1
+    assert "2 read, 1 complete" in out
+    assert f"1 × bad tokens\n      {tmp_path / 'rows.jsonl'}:2: token {size} is none of the {size}" in out
+
+
+# ---------------------------------------------------------------- how it reads
+
+
+def test_a_pipe_gets_lines_that_are_not_wrapped(check, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    question = "how many clips did Natalia sell altogether in April and in May"
+    _, out, _ = check([pair(question, "four")])
+
+    assert f"{question}<|im_end|>↵\n" in out
+    assert "format   pair: a prompt and a response, as texts or as messages of which those" in out
+    assert "packing  1 pack of up to 128 tokens, " in out
+
+
+def test_without_a_row_that_trains_nothing_is_said_of_packs(check) -> None:
+    code, out, _ = check([pair("why", "")])
+
+    assert code == 1
+    assert "1 read, 0 complete" in out
+    assert "packing" not in out
+
+
+def test_an_answer_that_no_objective_trains_is_not_said_to_train(check) -> None:
+    _, out, _ = check([PREFERRED])
+
+    assert "of the answer:\nthere are four<|im_end|>\n" in out
+    assert "trained on" not in out

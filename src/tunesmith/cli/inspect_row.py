@@ -38,12 +38,14 @@ def inspect_row(settings: RunSettings, console: Console, *, row: int, source: in
     """
     if source >= len(settings.data.train):
         raise DataError(f"There is no source {source}: data.train lists {len(settings.data.train)}.")
-    from tunesmith.config.prepare_data import make_renderer, open_settings_source, reading_of
-    from tunesmith.data.chat import RowProblem
-    from tunesmith.data.formats import Supervised, convert
-    from tunesmith.data.tokenize import find_format
-    from tunesmith.models.loader import load_tokenizer
-    from tunesmith.training.quiet import quiet_libraries
+    with console.status("loading libraries"):
+        from tunesmith.config.check_kinds import legible
+        from tunesmith.config.prepare_data import make_renderer, open_settings_source, reading_of
+        from tunesmith.data.chat import RowProblem
+        from tunesmith.data.formats import Supervised, convert
+        from tunesmith.data.tokenize import find_format
+        from tunesmith.models.loader import load_tokenizer
+        from tunesmith.training.quiet import quiet_libraries
 
     quiet_libraries()
     chosen = settings.data.train[source]
@@ -54,7 +56,10 @@ def inspect_row(settings: RunSettings, console: Console, *, row: int, source: in
     if picked is None:
         raise DataError(f"{chosen.path} has no row {row}; rows are counted from 0.")
     model = settings.model
-    tokenizer = load_tokenizer(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    with console.status("loading the tokenizer"):
+        tokenizer = load_tokenizer(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
     renderer = make_renderer(settings, tokenizer)
     _print_record(console, picked)
     if picked.record is None:
@@ -72,7 +77,7 @@ def inspect_row(settings: RunSettings, console: Console, *, row: int, source: in
             for note in encoded.notes:
                 console.print(f"note: {note}", style="yellow", markup=False)
             limit = settings.train.sequence_length
-            print_tokens(console, rendered, encoded, limit)
+            print_tokens(console, *legible(rendered, encoded, tokenizer), limit)
             _print_limit(console, encoded, limit, settings.data.overlong)
         except RowProblem as problem:
             console.print(f"This row is dropped: {problem}", style="red", markup=False)
@@ -102,9 +107,11 @@ def _print_record(console: Console, row: Row) -> None:
 
 
 def _print_item(console: Console, item: Supervised, name: str) -> None:
+    from tunesmith.data.formats import Tokens
+
     messages = getattr(item, "messages", None)
     if messages is None:
-        _stop(console, f"text · format {name}")
+        _stop(console, f"{'tokens' if isinstance(item, Tokens) else 'text'} · format {name}")
         return
     _stop(console, f"conversation · format {name} · {len(messages)} messages")
     for tool in getattr(item, "tools", None) or []:
@@ -129,15 +136,24 @@ def _content(message: dict[str, Any]) -> str:
 
 def _print_text(console: Console, rendered: Rendered) -> None:
     _stop(console, "rendered text")
+    if rendered.tokens is not None:
+        console.print("none: the row is tokenised already", style="dim")
+        return
     console.print(_clipped(rendered.text), markup=False, highlight=False)
     for note in rendered.notes:
         console.print(f"note: {note}", style="yellow", markup=False)
 
 
-def print_tokens(console: Console, rendered: Rendered, encoded: Encoded, limit: int) -> None:
-    """The tokens in colour; those behind the limit are struck out, and trained on by nobody."""
+def print_tokens(
+    console: Console, rendered: Rendered, encoded: Encoded, limit: int, what: str = "trained on"
+) -> None:
+    """The tokens in colour; those behind the limit are struck out, and trained on by nobody.
+
+    Args:
+        what: what the marked tokens are.
+    """
     trained_T = encoded.trained & (np.arange(len(encoded.ids)) < limit)
-    _stop(console, f"tokens · {len(encoded.ids)}, of which {int(trained_T.sum())} are trained on")
+    _stop(console, f"tokens · {len(encoded.ids)}, of which {int(trained_T.sum())} are {what}")
     line = Rich()
     shown = 0
     for number, ((start, end), is_trained) in enumerate(zip(encoded.offsets, trained_T, strict=True)):
@@ -145,9 +161,9 @@ def print_tokens(console: Console, rendered: Rendered, encoded: Encoded, limit: 
         # several tokens may share one character (the bytes of an emoji): it is shown once
         line.append(rendered.text[max(start, shown) : end].replace("\n", "↵\n") or "·", style=style)
         shown = max(shown, end)
-    console.print(line)
+    console.print(line, soft_wrap=not console.is_terminal)
     legend = Rich("\n")
-    legend.append(" trained on ", style=_TRAINED[0])
+    legend.append(f" {what} ", style=_TRAINED[0])
     legend.append("  context only", style=_CONTEXT[0])
     if len(encoded.ids) > limit:
         legend.append("  ")
@@ -155,7 +171,7 @@ def print_tokens(console: Console, rendered: Rendered, encoded: Encoded, limit: 
     console.print(legend)
     if not console.color_system:
         spans = "".join(rendered.text[start:end] + "\n" for start, end in rendered.spans)
-        console.print(f"trained on:\n{spans}", markup=False, highlight=False)
+        console.print(f"{what}:\n{spans}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_limit(console: Console, encoded: Encoded, limit: int, overlong: str) -> None:

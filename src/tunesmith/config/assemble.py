@@ -231,8 +231,10 @@ def _check_vocabulary(tokenizer: Any, data: PreparedData, causal: CausalModel) -
         source, index = data.corpus.locate(document)
         largest = int(source.ids(index).max())
         if largest >= rows:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            named = f" ({token!r})" if token is not None else ""
             raise UserError(
-                f"model.name: the tokenizer makes token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) "
+                f"model.name: the tokenizer makes token {largest}{named} "
                 f"of {data.corpus.where(document)}, and the model has embeddings for {rows} tokens only.",
                 hint="Use the tokenizer that belongs to the model, or resize its embeddings and save it first.",
             )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tunesmith.config.check_kinds import Counts, documents_of
+from tunesmith.config.check_kinds import Counts, documents_of, legible
 from tunesmith.config.check_report import DataCheck, Finding, Findings, Shown
 from tunesmith.contracts.errors import DataError
 from tunesmith.data.formats import KINDS, SUPERVISED, Format, Prompt, RowProblem, convert, resolve_format
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 REMARKS = frozenset({NOTE_CUT, NOTE_DATE, NOTE_END, NOTE_LITERAL, NOTE_PREFIXES})
 """Notes that are good to know; a row with any other note trains on something else than the file says."""
 
+_IN_A_RUN_FILE = (
+    "Columns of other names, and `format: custom`, belong into a run file, which `tunesmith inspect` reads."
+)
 _BATCH = 512
 _SAMPLE = 64
 _EXAMPLES = 5
@@ -129,7 +132,7 @@ class _Pass:
             try:
                 found = resolve_format(name, {}, sample, kinds=KINDS)
             except DataError:
-                raise error from None
+                raise DataError(error.message, hint=_hint(error.hint, list(sample))) from None
         check.format, check.summary, check.kind = found.name, found.summary, KINDS[found.kind]
         if found.kind not in SUPERVISED:
             check.instead = found.instead or "No objective of this version trains on it."
@@ -159,6 +162,8 @@ class _Pass:
         """Account for a row that was tokenised; whether it is kept."""
         check, limit = self.check, self.check.sequence_length
         refused = next((each.problem for each in tokens if each.problem is not None), None)
+        if refused is None and documents[0].tokens is not None:
+            refused = self._foreign(tokens[0])
         lengths = [len(each.ids) for each in tokens]
         trained = [int(np.count_nonzero(each.trained[:limit])) for each in tokens]
         longest = max(lengths)
@@ -186,12 +191,19 @@ class _Pass:
         self._show(row, documents[0], tokens[0])
         return True
 
+    def _foreign(self, tokens: Encoded) -> RowProblem | None:
+        """What is wrong with a row that was tokenised with another tokenizer, where it shows."""
+        known, highest = len(self.renderer.tokenizer), int(tokens.ids.max(initial=0))
+        if highest < known:
+            return None
+        return RowProblem("bad tokens", f"token {highest} is none of the {known:,} of this tokenizer")
+
     def _show(self, row: Row, text: Rendered, tokens: Encoded) -> None:
         """Keep the first short row to be shown; without one the shortest of all."""
         shown, length = self.check.shown, len(tokens.ids)
         better = shown is None or (len(shown.encoded.ids) > _SHORT and length < len(shown.encoded.ids))
-        if text.text and better:
-            self.check.shown = Shown(row.where, text, tokens)
+        if better:
+            self.check.shown = Shown(row.where, *legible(text, tokens, self.renderer.tokenizer))
 
     def _finish(self) -> None:
         check = self.check
@@ -212,6 +224,15 @@ class _Pass:
             for number in repeats[:_EXAMPLES]:
                 found.add(f"row {self._rows[number]}", f"as row {self._rows[first_N[own_N[number]]]}")
             found.count = int(repeats.size)
+
+
+def _hint(hint: str | None, columns: list[str]) -> str:
+    """What to do about columns that no format fits."""
+    if len(columns) == 1 and any(separator in columns[0] for separator in ";|\t"):
+        return (
+            "Fields are separated by commas in a .csv file and by tabs in a .tsv file; this one has others."
+        )
+    return f"{hint}\n{_IN_A_RUN_FILE}" if hint else _IN_A_RUN_FILE
 
 
 def _find(findings: Findings, name: str) -> Finding:

@@ -7,7 +7,10 @@ is rendered behind its prompt, as an objective would see it, and the prompt does
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from tunesmith.data.formats import (
     Conversation,
@@ -20,7 +23,7 @@ from tunesmith.data.formats import (
     Text,
     Tokens,
 )
-from tunesmith.data.render import Rendered, Renderer
+from tunesmith.data.render import Encoded, Rendered, Renderer
 
 Counts = dict[str, int]
 
@@ -85,3 +88,18 @@ def documents_of(item: Item, renderer: Renderer) -> tuple[list[Rendered], Counts
         RowProblem: the row cannot be rendered.
     """
     return KINDS[type(item)](item, renderer)
+
+
+def legible(rendered: Rendered, encoded: Encoded, tokenizer: Any) -> tuple[Rendered, Encoded]:
+    """A row to be shown: one that came as tokens gets a text, its tokens one by one; others stay as they are.
+
+    Decoded alone, a token that is part of a character is a replacement mark.
+    """
+    if rendered.tokens is None:
+        return rendered, encoded
+    pieces = [tokenizer.decode([token]) for token in encoded.ids.tolist()]
+    ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int32)
+    offsets_T2 = np.stack([np.concatenate([[0], ends[:-1]]).astype(np.int32), ends], axis=1)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], encoded.trained, [False]]))).reshape(-1, 2)
+    spans = [(int(offsets_T2[first, 0]), int(ends[last - 1])) for first, last in edges]
+    return replace(rendered, text="".join(pieces), spans=spans), replace(encoded, offsets=offsets_T2)

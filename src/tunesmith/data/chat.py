@@ -134,7 +134,9 @@ def _read_role(raw: dict[str, Any], reading: Reading, what: str) -> str:
     if reading.roles:
         role = next((means for own, means in reading.roles.items() if own.strip().lower() == key), role)
     if role is None:
-        raise RowProblem("unknown role", f"{what} has the role {name!r}")
+        raise RowProblem(
+            "unknown role", f"{what} has the role {name!r}; say what it is with `roles: {{{name}: user}}`"
+        )
     return role
 
 
