@@ -6,10 +6,7 @@ in a process that imports the kernels with Triton's interpreter switched on.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from tests.kernels import compile_only
+from tests.support.interpreter import run_in_interpreter
 from tunesmith.kernels import adamw, launch
 from tunesmith.kernels.adamw import BLOCK, adamw_, adamw_reference_
 from tunesmith.kernels.measure import copied, error
 
-ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cpu" if launch.INTERPRETED else "cuda")
 on_kernels = (lambda test: test) if launch.INTERPRETED else pytest.mark.gpu
 
@@ -70,12 +67,7 @@ def inputs_of(
 @pytest.mark.skipif(launch.INTERPRETED, reason="this is what the test starts")
 def test_in_the_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", str(Path(__file__)), "-p", "no:cacheprovider"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
-    assert "1 deselected" in run.stdout, "tensors of 2^31 elements alone need a card"
+    assert "1 deselected" in run_in_interpreter(Path(__file__)), "tensors of 2^31 elements alone need a card"
 
 
 # ---------------------------------------------------------------------- with the kernels

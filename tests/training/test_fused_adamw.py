@@ -7,9 +7,6 @@ in a process that imports the kernels with Triton's interpreter switched on.
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support.interpreter import run_in_interpreter
 from tunesmith.kernels import adamw, launch
 from tunesmith.training import fused_adamw
 from tunesmith.training.fused_adamw import FusedAdamW, fits
 from tunesmith.training.optim import build_optimizer
 
-ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cpu" if launch.INTERPRETED else "cuda")
 on_kernels = (lambda test: test) if launch.INTERPRETED else pytest.mark.gpu
 
@@ -112,12 +109,7 @@ def clipped_step(optimizer: FusedAdamW, step: int) -> Tensor:
 @pytest.mark.skipif(launch.INTERPRETED, reason="this is what the test starts")
 def test_in_the_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", str(Path(__file__)), "-p", "no:cacheprovider"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
-    assert "1 deselected" in run.stdout, "the CUDA graph alone needs a card"
+    assert "1 deselected" in run_in_interpreter(Path(__file__)), "the CUDA graph alone needs a card"
 
 
 # ---------------------------------------------------------------------- with the kernels

@@ -12,7 +12,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from tunesmith.data.render import (
     resolve_template,
 )
 from tunesmith.data.sources import Row, Source, open_source
+from tunesmith.data.tokenize import sample_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,6 @@ _IN_A_RUN_FILE = (
     "Columns of other names, and `format: custom`, belong into a run file, which `tunesmith inspect` reads."
 )
 _BATCH = 512
-_SAMPLE = 64
 _EXAMPLES = 5
 _SHORT = 400
 """A row of at most this many tokens is shown whole."""
@@ -113,19 +113,8 @@ class _Pass:
 
     def _find_format(self, source: Source, name: str) -> tuple[Iterator[Row], Format]:
         """All rows and their format: as training finds it, else one of a kind that does not train yet."""
-        check, rows = self.check, source.rows()
-        head: list[Row] = []
-        sample: dict[str, Any] = {}
-        for row in rows:
-            head.append(row)
-            sample = {**(row.record or {}), **sample}
-            if len(head) >= _SAMPLE and sample:
-                break
-        if not sample:
-            raise DataError(
-                f"No row of {source.label} can be read; {head[0].where}: {head[0].problem or 'no columns'}.",
-                hint="Check that the file is of the kind that its suffix says.",
-            )
+        check = self.check
+        rows, sample = sample_columns(source)
         try:
             found = resolve_format(name, {}, sample)
         except DataError as error:
@@ -139,7 +128,7 @@ class _Pass:
         known = {column: str(column).casefold() in found.names or column in found.names for column in sample}
         check.columns = tuple(str(column) for column, read in known.items() if read)
         check.ignored = tuple(str(column) for column, read in known.items() if not read)
-        return chain(head, rows), found
+        return rows, found
 
     def _render(self, row: Row, found: Format) -> tuple[list[Rendered], Counts] | None:
         if row.record is None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -282,13 +282,15 @@ class _Run:
             self.report.examples.append(f"{row.where}: {reason}" + (f" ({detail})" if detail else ""))
 
 
-def find_format(
-    source: Source, name: str, columns: Mapping[str, str], reading: Reading = AS_USUAL
-) -> tuple[Iterator[Row], Format]:
-    """All rows of the source, and their format by the columns of the first ones together."""
+def sample_columns(source: Source) -> tuple[Iterator[Row], dict[str, Any]]:
+    """All rows of the source, and the columns of the first ones together, each with its first value.
+
+    Raises:
+        DataError: none of them can be read.
+    """
     rows = source.rows()
     head: list[Row] = []
-    sample: dict[str, object] = {}
+    sample: dict[str, Any] = {}
     for row in rows:
         head.append(row)
         sample = {**(row.record or {}), **sample}
@@ -299,7 +301,15 @@ def find_format(
             f"No row of {source.label} can be read; {head[0].where}: {head[0].problem or 'no columns'}.",
             hint="Check that the file is of the kind that its suffix says.",
         )
-    return chain(head, rows), resolve_format(name, columns, sample, reading=reading)
+    return chain(head, rows), sample
+
+
+def find_format(
+    source: Source, name: str, columns: Mapping[str, str], reading: Reading = AS_USUAL
+) -> tuple[Iterator[Row], Format]:
+    """All rows of the source, and their format by the columns of the first ones together."""
+    rows, sample = sample_columns(source)
+    return rows, resolve_format(name, columns, sample, reading=reading)
 
 
 def _refuse(report: DataReport, label: str, overlong: Overlong, malformed: Malformed) -> None:

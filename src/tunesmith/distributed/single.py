@@ -47,10 +47,17 @@ class SingleDevice:
         self.use_graphs = graphs and not self.scaler.is_enabled()
         self._graphs: tuple[Loss, MicroBatchGraphs] | None = None
 
-    def autocast(self) -> torch.autocast:
-        """The context in which forward passes run."""
+    def autocast(self, *, cache: bool = True) -> torch.autocast:
+        """The context in which forward passes run.
+
+        Args:
+            cache: keep what was cast; in a recorded graph it would be missing.
+        """
         return torch.autocast(
-            self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
+            self.device.type,
+            dtype=self.autocast_dtype,
+            enabled=self.autocast_dtype is not None,
+            cache_enabled=cache,
         )
 
     def forward_backward(self, micro_batches: Sequence[TokenBatch], loss: Loss) -> Gradients:
@@ -72,13 +79,7 @@ class SingleDevice:
         if self._graphs is None or self._graphs[0] is not loss:
 
             def run(batch: TokenBatch, total: Tensor) -> Tensor:
-                # what autocast has cast once would be missing from the graph
-                with torch.autocast(
-                    self.device.type,
-                    dtype=self.autocast_dtype,
-                    enabled=self.autocast_dtype is not None,
-                    cache_enabled=False,
-                ):
+                with self.autocast(cache=False):
                     return loss(batch, total)
 
             self._graphs = (loss, MicroBatchGraphs(self._parameters(), self.device, run))

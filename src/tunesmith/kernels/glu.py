@@ -28,6 +28,7 @@ from torch import Tensor
 
 from tunesmith.kernels.launch import (
     accumulation_dtype,
+    column_splits,
     dot,
     jit,
     launch,
@@ -276,7 +277,9 @@ def _forward(gate_up_TN: Tensor, activation: str, adapter: _Adapter | None, out_
         splits, tiles, stages, warps = -(-inner // cols), 1, 1, 4
     else:
         rows, cols, warps = ADAPTER_ROWS, ADAPTER_COLUMNS[rank <= NARROW_RANK], FORWARD_WARPS
-        splits, tiles = _splits(tokens, -(-inner // cols), FORWARD_PROGRAMS * multiprocessors(gate_up_TN))
+        splits, tiles = column_splits(
+            -(-tokens // rows), -(-inner // cols), FORWARD_PROGRAMS * multiprocessors(gate_up_TN)
+        )
         stages = _stages(gate_up_TN.dtype, rank, FORWARD_STAGES)
     launch(
         _forward_kernel, (-(-tokens // rows) * splits,), gate_up_TN, out_TI, xa, b,
@@ -294,13 +297,6 @@ def _backward(gate_up_TN: Tensor, grad_act_TI: Tensor, activation: str, recomput
         tokens, inner, gate_up_TN.stride(0), grad_act_TI.stride(0),
         ACT=activation, RECOMPUTE=recompute, ROWS=rows, COLS=cols, num_warps=4,
     )  # fmt: skip
-
-
-def _splits(tokens: int, blocks: int, programs: int) -> tuple[int, int]:
-    """In how many parts the blocks of columns are walked to have so many programs, and the blocks in each."""
-    wanted = -(-programs // max(1, -(-tokens // ADAPTER_ROWS)))
-    tiles = -(-blocks // max(1, min(wanted, blocks)))
-    return -(-blocks // tiles), tiles
 
 
 def _stages(dtype: torch.dtype, rank: int, stages: int) -> int:
@@ -323,7 +319,9 @@ def _adapter_backward(
     widest = max(rank, down_rank)
     narrow = widest <= NARROW_RANK
     columns = ADAPTER_COLUMNS[narrow]
-    splits, tiles = _splits(tokens, -(-inner // columns), BACKWARD_PROGRAMS * multiprocessors(gate_up_TN))
+    splits, tiles = column_splits(
+        -(-tokens // ADAPTER_ROWS), -(-inner // columns), BACKWARD_PROGRAMS * multiprocessors(gate_up_TN)
+    )
     grad_xa_TR = gate_up_TN.new_empty((tokens, 2 * rank))
     # sums of more columns do not fit the registers beside the rest: two GEMMs form them below
     reduce = 0 < rank <= max_rank(gate_up_TN.dtype)

@@ -29,6 +29,7 @@ __all__ = [
     "KERNEL_DTYPES",
     "TRITON_VERSION",
     "accumulation_dtype",
+    "column_splits",
     "dot",
     "jit",
     "launch",
@@ -134,6 +135,19 @@ def _multiprocessors(device: torch.device) -> int:
 def multiprocessors(tensor: Tensor) -> int:
     """Streaming multiprocessors of the tensor's device; 2 stand for a CPU, few programs for the interpreter."""
     return _multiprocessors(tensor.device) if tensor.is_cuda else 2
+
+
+def column_splits(rows: int, blocks: int, programs: int) -> tuple[int, int]:
+    """In how many parts the columns are walked to have so many programs, and the blocks of columns in each.
+
+    Args:
+        rows: blocks of rows, each of which is walked.
+        blocks: blocks of columns.
+        programs: wanted over all rows.
+    """
+    wanted = -(-programs // max(1, rows))
+    tiles = -(-blocks // max(1, min(wanted, blocks)))
+    return -(-blocks // tiles), tiles
 
 
 def power_of_2(size: int) -> int:

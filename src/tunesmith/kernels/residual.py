@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tunesmith.kernels.launch import (
     accumulation_dtype,
+    column_splits,
     dot,
     jit,
     launch,
@@ -75,9 +76,7 @@ def _launch(
     u, b = (u_TR, b_NR) if u_TR is not None and b_NR is not None else (y_TN, y_TN)
     rank = 0 if u_TR is None else u.shape[1]
     blocks, rows = -(-columns // COLUMNS), -(-tokens // ROWS)
-    wanted = -(-PROGRAMS_PER_SM * multiprocessors(y_TN) // max(1, rows))
-    tiles = -(-blocks // max(1, min(wanted, blocks)))
-    splits = -(-blocks // tiles)
+    splits, tiles = column_splits(rows, blocks, PROGRAMS_PER_SM * multiprocessors(y_TN))
     launch(
         _residual_kernel, (rows * splits,), y_TN, residual_TN, u, b, out_TN, tokens, columns, tiles, splits,
         y_TN.stride(0), residual_TN.stride(0), u.stride(0), b.stride(0), out_TN.stride(0),
