@@ -22,8 +22,8 @@ LENGTHS = [9, 30, 2, 17, 1, 5]
 DOUBLE = torch.float64
 
 
-def _model(targets: str = "all-linear"):
-    model = add_lora(tiny_llama(dtype=DOUBLE), rank=8, alpha=16, dropout=0.0, targets=targets, seed=1)
+def _model(targets: str = "all-linear", **shape: int):
+    model = add_lora(tiny_llama(dtype=DOUBLE, **shape), rank=8, alpha=16, dropout=0.0, targets=targets, seed=1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
@@ -45,8 +45,10 @@ def _batch(index: list[int]) -> TokenBatch:
     )
 
 
-def _outcome(model, batch: TokenBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    causal = CausalModel(model, DOUBLE)
+def _outcome(
+    model, batch: TokenBatch, dtype: torch.dtype = DOUBLE
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    causal = CausalModel(model, dtype)
     with packed_attention(causal.base, "sdpa"):
         loss = causal.score(batch).cross_entropy(batch.weights_S)
     loss.backward()
@@ -101,3 +103,28 @@ def test_where_most_positions_train_the_row_stays_whole(monkeypatch):
     _outcome(model, _batch(list(range(40))))
     _outcome(model, _batch(list(range(60))))
     assert [rows is None for rows in seen] == [False, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_on_the_gpu_errors_are_no_larger_than_those_of_stock_layers(policy, dtype):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    shape = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2}
+    batch = _batch([3, 4, 10, 40, 41, 60, 61]).to(torch.device("cuda"))
+    _, exact = _outcome(_model(**shape).cuda(), batch)
+    model = _model(**shape).float().cuda()
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
+
+    def total(grads: dict[str, torch.Tensor]) -> float:
+        difference = torch.stack([(grads[name].double() - exact[name]).norm() for name in exact]).norm()
+        return float(difference / torch.stack([grad.norm() for grad in exact.values()]).norm())
+
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        _, stock = _outcome(model, batch, dtype)
+        installed = install(model, policy=policy)
+        _, ours = _outcome(model, batch, dtype)
+    assert installed.fallbacks == {}
+    assert total(ours) <= 1.1 * total(stock) + 1e-6
