@@ -23,16 +23,68 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 3, "vocab_size": 49152, "rope_theta": 100000.0, "rms_norm_eps": 1e-5,
         "max_position_embeddings": 8192, "tie_word_embeddings": True,
     },
+    "mistral-7b": {
+        "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32768,
+        "rope_theta": 1000000.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "sliding_window": None,
+        "tie_word_embeddings": False,
+    },
+    "qwen2.5-7b": {
+        "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "tie_word_embeddings": False,
+    },
+    "qwen3-8b": {
+        "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 40960,
+        "tie_word_embeddings": False,
+    },
+    "gemma2-9b": {
+        "model_type": "gemma2", "hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 256000,
+        "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    },
+    "gemma3-12b": {
+        "model_type": "gemma3_text", "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 262208,
+        "query_pre_attn_scalar": 256, "sliding_window": 1024, "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+    },
+    "phi-4": {
+        "model_type": "phi3", "hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40,
+        "num_attention_heads": 40, "num_key_value_heads": 10, "vocab_size": 100352, "rope_theta": 250000.0,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 16384, "original_max_position_embeddings": 16384,
+        "sliding_window": None, "pad_token_id": 100100, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
+"""Keyword arguments of each shape's config, and the `model_type` it belongs to; without one it is a Llama."""
+
+_APART = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_PROJECTIONS = {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
+
+
+def projections(config: dict[str, Any]) -> tuple[str, ...]:
+    """Names of all linear layers of a decoder layer, on which the adapters are."""
+    return _PROJECTIONS.get(config.get("model_type", "llama"), _APART)
+
+
+def attention_widths(config: dict[str, Any]) -> tuple[int, int]:
+    """Columns of q, and of k or v."""
+    heads = config["num_attention_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // heads
+    return heads * size, config["num_key_value_heads"] * size
+
 
 _SPECIAL = 256
 """The last ids of the vocabulary are control tokens, as in Llama 3: ids 128,000 to 128,255 of 128,256."""
 
 
 def parameters(config: dict[str, Any]) -> int:
-    """Number of parameters of a Llama with this config, norms left out."""
-    width, head = config["hidden_size"], config["hidden_size"] // config["num_attention_heads"]
-    attention = 2 * width * (width + config["num_key_value_heads"] * head)
+    """Number of parameters of a model with this config, norms and biases left out."""
+    width, (queries, keys) = config["hidden_size"], attention_widths(config)
+    attention = 2 * width * (queries + keys)
     layer = attention + 3 * width * config["intermediate_size"]
     tables = 1 if config["tie_word_embeddings"] else 2
     return int(config["num_hidden_layers"] * layer + tables * config["vocab_size"] * width)
@@ -57,9 +109,10 @@ def _quantise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Non
             if not isinstance(child, nn.Linear) or name == "lm_head":
                 continue
             held = bnb.nn.Linear4bit(
-                child.in_features, child.out_features, bias=False, compute_dtype=dtype, quant_type="nf4",
-                compress_statistics=True, device="meta",
+                child.in_features, child.out_features, bias=child.bias is not None, compute_dtype=dtype,
+                quant_type="nf4", compress_statistics=True, device="meta",
             )  # fmt: skip
+            held.bias = child.bias
             held.weight = bnb.nn.Params4bit(
                 child.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
             ).to(device)
@@ -67,15 +120,16 @@ def _quantise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Non
 
 
 def base_model(config: dict[str, Any], seed: int = 0) -> Any:
-    """A Llama with frozen random weights on the device, in the type of `device_and_dtype`."""
+    """A model with frozen random weights on the device, in the type of `device_and_dtype`."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     device, dtype = device_and_dtype()
     torch.manual_seed(seed)
     torch.set_default_dtype(dtype)
+    settings = {"model_type": "llama", "dtype": str(dtype).removeprefix("torch.")} | config
     with device:
-        model = LlamaForCausalLM(LlamaConfig(**config, dtype=str(dtype).removeprefix("torch.")))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     torch.set_default_dtype(torch.float32)
     return model.requires_grad_(False)
 
@@ -83,7 +137,7 @@ def base_model(config: dict[str, Any], seed: int = 0) -> Any:
 def random_model(
     shape: str, adapter: str, *, layers: int | None = None, rank: int = 16, seed: int = 0
 ) -> Any:
-    """A Llama of a named shape with a LoRA adapter on all seven projections, bfloat16, on the GPU.
+    """A model of a named shape with a LoRA adapter on all its projections, bfloat16, on the GPU.
 
     Args:
         shape: a row of `SHAPES`.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.shapes import attention_widths
+
 H100_TFLOPS = 790.0
 """What bfloat16 GEMMs of these sizes reach on one H100 80GB (740 to 795 measured); its data sheet says 989."""
 
@@ -21,21 +23,39 @@ def step_flops(config: dict[str, Any], lengths: Sequence[int], supervised: int, 
     supervised positions only.
 
     Args:
-        config: keyword arguments of a Llama's config.
+        config: keyword arguments of the model's config.
         lengths: tokens of each document.
         supervised: tokens that train.
         rank: of the adapters on all seven projections.
     """
-    width, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    key_width = config["num_key_value_heads"] * (width // heads)
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    queries, keys = attention_widths(config)
     projections = (
-        (width, width), (width, key_width), (width, key_width), (width, width),
+        (width, queries), (width, keys), (width, keys), (queries, width),
         (width, inner), (width, inner), (inner, width),
     )  # fmt: skip
     tokens = sum(lengths)
     base = 2 * 2 * tokens * sum(inputs * outputs for inputs, outputs in projections)
     adapters = 3 * 2 * tokens * rank * sum(inputs + outputs for inputs, outputs in projections)
-    pairs = sum(length * (length + 1) // 2 for length in lengths)
-    attention = ATTENTION_PRODUCTS * 2 * pairs * width
+    attention = ATTENTION_PRODUCTS * 2 * queries * sum(
+        sum(_pairs(length, window) for length in lengths) for window in _windows(config)
+    )  # fmt: skip
     head = 2 * 2 * supervised * width * config["vocab_size"]
-    return float(config["num_hidden_layers"] * (base + adapters + attention) + head)
+    return float(config["num_hidden_layers"] * (base + adapters) + attention + head)
+
+
+def _pairs(length: int, window: int | None) -> int:
+    """Pairs of a query and a key that it sees, itself included."""
+    seen = length if window is None else min(length, window)
+    return seen * (seen + 1) // 2 + (length - seen) * seen
+
+
+_LOCAL_OF = {"gemma2": 2, "gemma3_text": 6}
+"""So many layers make a round in which the last one sees everything and the others their window."""
+
+
+def _windows(config: dict[str, Any]) -> list[int | None]:
+    """The attention window of each layer."""
+    window, layers = config.get("sliding_window"), range(config["num_hidden_layers"])
+    around = _LOCAL_OF.get(config.get("model_type", "llama"))
+    return [None if around and (number + 1) % around == 0 else window for number in layers]

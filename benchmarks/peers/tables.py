@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 RANK = 16
-"""Of the adapters of all systems, on all seven projections, with alpha = rank."""
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Of the adapters of all systems, on all projections, with alpha = rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +80,7 @@ class Work:
     """What one process measures; plain values, so that it travels as JSON.
 
     Attributes:
-        config: keyword arguments of the Llama's config.
+        config: a row of `shapes.SHAPES`, perhaps with fewer layers.
         checkpoint: folder with its weights and a tokenizer.
         layouts: rows of `batches.LAYOUTS`, measured one after the other.
     """
@@ -144,6 +142,7 @@ _ALL = (
 )  # fmt: skip
 _SMALL = ("tunesmith-keep", "unsloth-none", "stock", "unsloth", "liger", "stock-checkpointing")
 _KEPT = ("tunesmith-keep", "unsloth-none", "unsloth")
+_FAMILY = ("tunesmith-keep", "unsloth-none", "tunesmith-offload_attention", "unsloth")
 
 CASES: dict[str, Case] = {
     "8b-qlora": Case("8b", "qlora", 2, 4096, _ALL),
@@ -152,4 +151,8 @@ CASES: dict[str, Case] = {
     "8b-qlora-masked": Case("8b", "qlora", 2, 4096, _KEPT, supervised=0.1),
     "135m-lora": Case("135m", "lora", 8, 512, _SMALL, steps=20, warm=5, expected=50),
     "135m-lora-masked": Case("135m", "lora", 8, 512, _KEPT, supervised=0.1, steps=20, warm=5, expected=50),
+    **{
+        f"{shape}-qlora": Case(shape, "qlora", 2, 4096, _FAMILY, steps=6, expected=90)
+        for shape in ("mistral-7b", "qwen2.5-7b", "qwen3-8b", "gemma2-9b", "gemma3-12b", "phi-4")
+    },
 }

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks.peers.measure import measure_layouts
-from benchmarks.peers.tables import PROJECTIONS, RANK, Work
-from benchmarks.shapes import device_and_dtype
+from benchmarks.peers.tables import RANK, Work
+from benchmarks.shapes import device_and_dtype, projections
 
 
 def load(work: Work, device: torch.device, dtype: torch.dtype) -> Any:
@@ -22,9 +22,9 @@ def load(work: Work, device: torch.device, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     if work.options["liger"]:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
+        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel
 
-        apply_liger_kernel_to_llama()
+        _apply_liger_kernel(work.config.get("model_type", "llama"))
     quantization = None
     if work.adapter == "qlora":
         quantization = BitsAndBytesConfig(
@@ -51,7 +51,7 @@ def load(work: Work, device: torch.device, dtype: torch.dtype) -> Any:
         lora_alpha=RANK,
         lora_dropout=0.0,
         bias="none",
-        target_modules=list(PROJECTIONS),
+        target_modules=list(projections(work.config)),
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora, autocast_adapter_dtype=False).train()

@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.batches import Documents
 from benchmarks.peers.measure import measure_layouts
-from benchmarks.peers.tables import PROJECTIONS, RANK, Work
-from benchmarks.shapes import device_and_dtype
+from benchmarks.peers.tables import RANK, Work
+from benchmarks.shapes import device_and_dtype, projections
 
 
 def load(work: Work, dtype: torch.dtype) -> Any:
@@ -30,7 +30,7 @@ def load(work: Work, dtype: torch.dtype) -> Any:
     model = FastLanguageModel.get_peft_model(
         model,
         r=RANK,
-        target_modules=list(PROJECTIONS),
+        target_modules=list(projections(work.config)),
         lora_alpha=RANK,
         lora_dropout=0,
         bias="none",

@@ -37,8 +37,21 @@ def test_short_documents_and_few_targets_need_less():
     assert whole - step_flops(SHAPES["8b"], [8192], 0, 16) == 4 * 8192 * 4096 * 128256
 
 
+def test_windows_leave_pairs_out():
+    config = SMALL | {"model_type": "gemma2", "head_dim": 4, "sliding_window": 2, "num_hidden_layers": 2}
+    # q 8 wide; the first layer sees at most 2 keys of 3 (1 + 2 + 2 pairs), the second all 6
+    wide = step_flops(config | {"sliding_window": 3}, [3], 0, 0)
+    assert wide - step_flops(config, [3], 0, 0) == 7 * 2 * 8 * (6 - 5)
+
+
 def test_parameters():
     assert parameters(SMALL) == 3 * 144 + 2 * 16 * 4
     assert parameters(SMALL | {"tie_word_embeddings": True}) == 3 * 144 + 16 * 4
     assert parameters(SHAPES["8b"]) / 1e9 == pytest.approx(8.03, abs=0.005)
     assert parameters(SHAPES["135m"]) / 1e6 == pytest.approx(134.5, abs=0.1)
+    published = {
+        "mistral-7b": 7.25, "qwen2.5-7b": 7.62, "qwen3-8b": 8.19, "gemma2-9b": 9.24, "gemma3-12b": 11.77,
+        "phi-4": 14.66,
+    }  # fmt: skip
+    for shape, billions in published.items():
+        assert parameters(SHAPES[shape]) / 1e9 == pytest.approx(billions, abs=0.01), shape
