@@ -23,7 +23,9 @@ DOUBLE = torch.float64
 
 
 def _model(targets: str = "all-linear", **shape: int):
-    model = add_lora(tiny_llama(dtype=DOUBLE, **shape), rank=8, alpha=16, dropout=0.0, targets=targets, seed=1)
+    model = add_lora(
+        tiny_llama(dtype=DOUBLE, **shape), rank=8, alpha=16, dropout=0.0, targets=targets, seed=1
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
