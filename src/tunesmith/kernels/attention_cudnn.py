@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.kernels.packed import Documents, Heads, Saved, takes_half
+from tunesmith.kernels.packed import Documents, Heads, Saved, Scores, takes_half
 
 SHORTEST_EQUAL = 64
 """Below so many tokens a document the batch of tiny matrices is slower than one packed row."""
@@ -35,15 +35,25 @@ def cudnn_frontend() -> Any:
 
 
 @functools.cache
-def _compute_capability() -> tuple[int, int]:
+def compute_capability() -> tuple[int, int]:
+    """That of the current card."""
     return torch.cuda.get_device_capability()
 
 
-def cudnn_computes(fused_TN: Tensor, heads: Heads) -> bool:
-    """Whether cuDNN's attention takes this type and layout here, and runs need not repeat bit for bit."""
+def cudnn_computes(fused_TN: Tensor, heads: Heads, scores: Scores, widest: int = 128) -> bool:
+    """Whether cuDNN's attention takes this type, layout and cap here, and runs need not repeat bit for bit."""
     # its backward adds up dq in whatever order blocks finish; FlashAttention-2 has an ordered form
     ordered = torch.are_deterministic_algorithms_enabled()
-    return takes_half(fused_TN, heads, 128) and not ordered and _compute_capability() >= (9, 0)
+    able = scores.softcap is None and takes_half(fused_TN, heads, widest)
+    return able and not ordered and compute_capability() >= (9, 0)
+
+
+def _graph_computes(fused_TN: Tensor, heads: Heads, scores: Scores) -> bool:
+    """`cudnn_computes` through the frontend, whose backward takes heads of 256 on Hopper alone."""
+    if cudnn_frontend() is None:
+        return False
+    on_hopper = fused_TN.is_cuda and compute_capability()[0] == 9
+    return cudnn_computes(fused_TN, heads, scores, 256 if on_hopper else 128)
 
 
 # ---------------------------------------------------------------------- graphs
@@ -57,6 +67,7 @@ class _Shape:
         documents: their number, bucketed in the ragged form.
         length: of each, or of the longest, bucketed.
         heads: layout of the fused buffer.
+        scores: scale and window.
         stride: elements from a row of the fused buffer to the next.
         grad_stride: the same in the buffer of its gradient.
         out_stride: the same in the output.
@@ -67,6 +78,7 @@ class _Shape:
     documents: int
     length: int
     heads: Heads
+    scores: Scores
     stride: int
     grad_stride: int
     out_stride: int
@@ -143,7 +155,10 @@ class _Builder:
 
     def options(self) -> dict[str, Any]:
         """What forward and backward are both told."""
-        options = {"attn_scale": self.shape.heads.factor, "use_causal_mask": True}
+        heads, scores = self.shape.heads, self.shape.scores
+        options: dict[str, Any] = {"attn_scale": scores.factor(heads), "use_causal_mask": True}
+        if scores.window is not None:  # cuDNN too counts the query's own key: row < column + length
+            options["sliding_window_length"] = scores.window
         if self.shape.ragged:
             lengths = self._vector("lengths", self.shape.documents, cudnn_frontend().data_type.INT32)
             options |= {"use_padding_mask": True, "seq_len_q": lengths, "seq_len_kv": lengths}
@@ -214,22 +229,26 @@ def _backward(
 # ---------------------------------------------------------------------- documents of one length
 
 
-def equal_fits(fused_TN: Tensor, heads: Heads, documents: Documents) -> bool:
+def equal_fits(fused_TN: Tensor, heads: Heads, documents: Documents, scores: Scores) -> bool:
     """Whether the dense graph computes this."""
     long_enough = documents.equal and documents.lengths[0] >= SHORTEST_EQUAL
-    return long_enough and cudnn_computes(fused_TN, heads) and cudnn_frontend() is not None
+    return long_enough and _graph_computes(fused_TN, heads, scores)
 
 
-def _equal_shape(fused_TN: Tensor, heads: Heads, documents: Documents, room: int, out_stride: int) -> _Shape:
+def _equal_shape(
+    fused_TN: Tensor, heads: Heads, documents: Documents, scores: Scores, room: int, out_stride: int
+) -> _Shape:
     lengths = documents.lengths
     strides = fused_TN.stride(0), heads.columns + room, out_stride
-    return _Shape(len(lengths), lengths[0], heads, *strides, fused_TN.dtype, ragged=False)
+    return _Shape(len(lengths), lengths[0], heads, scores, *strides, fused_TN.dtype, ragged=False)
 
 
-def equal_forward(fused_TN: Tensor, heads: Heads, documents: Documents, room: int) -> tuple[Tensor, Saved]:
+def equal_forward(
+    fused_TN: Tensor, heads: Heads, documents: Documents, scores: Scores, room: int
+) -> tuple[Tensor, Saved]:
     """`Backend.forward` for documents of one length."""
     out_stride = heads.query * heads.size + room
-    return _forward(fused_TN, _equal_shape(fused_TN, heads, documents, 0, out_stride), {})
+    return _forward(fused_TN, _equal_shape(fused_TN, heads, documents, scores, 0, out_stride), {})
 
 
 def equal_backward(
@@ -239,19 +258,20 @@ def equal_backward(
     saved: Saved,
     heads: Heads,
     documents: Documents,
+    scores: Scores,
     room: int,
 ) -> Tensor:
     """`Backend.backward` for documents of one length."""
-    shape = _equal_shape(fused_TN, heads, documents, room, output.stride(0))
+    shape = _equal_shape(fused_TN, heads, documents, scores, room, output.stride(0))
     return _backward(grad, fused_TN, output, saved, shape, {})
 
 
 # ---------------------------------------------------------------------- documents of any lengths
 
 
-def ragged_fits(fused_TN: Tensor, heads: Heads, _documents: Documents) -> bool:
+def ragged_fits(fused_TN: Tensor, heads: Heads, _documents: Documents, scores: Scores) -> bool:
     """Whether the ragged graph computes this."""
-    return cudnn_computes(fused_TN, heads) and cudnn_frontend() is not None
+    return _graph_computes(fused_TN, heads, scores)
 
 
 def _bucket(value: int) -> int:
@@ -262,10 +282,12 @@ def _bucket(value: int) -> int:
     return -(-value // step) * step
 
 
-def _ragged_shape(fused_TN: Tensor, heads: Heads, documents: Documents, room: int, out_stride: int) -> _Shape:
+def _ragged_shape(
+    fused_TN: Tensor, heads: Heads, documents: Documents, scores: Scores, room: int, out_stride: int
+) -> _Shape:
     count = _bucket(len(documents.lengths)) if len(documents.lengths) > 1 else 1
     strides = fused_TN.stride(0), heads.columns + room, out_stride
-    return _Shape(count, _bucket(documents.longest), heads, *strides, fused_TN.dtype, ragged=True)
+    return _Shape(count, _bucket(documents.longest), heads, scores, *strides, fused_TN.dtype, ragged=True)
 
 
 def _places(documents: Documents, shape: _Shape) -> dict[str, Tensor]:
@@ -289,9 +311,11 @@ def _places(documents: Documents, shape: _Shape) -> dict[str, Tensor]:
     return places
 
 
-def ragged_forward(fused_TN: Tensor, heads: Heads, documents: Documents, room: int) -> tuple[Tensor, Saved]:
+def ragged_forward(
+    fused_TN: Tensor, heads: Heads, documents: Documents, scores: Scores, room: int
+) -> tuple[Tensor, Saved]:
     """`Backend.forward` for documents of any lengths."""
-    shape = _ragged_shape(fused_TN, heads, documents, 0, heads.query * heads.size + room)
+    shape = _ragged_shape(fused_TN, heads, documents, scores, 0, heads.query * heads.size + room)
     return _forward(fused_TN, shape, _places(documents, shape))
 
 
@@ -302,8 +326,9 @@ def ragged_backward(
     saved: Saved,
     heads: Heads,
     documents: Documents,
+    scores: Scores,
     room: int,
 ) -> Tensor:
     """`Backend.backward` for documents of any lengths."""
-    shape = _ragged_shape(fused_TN, heads, documents, room, output.stride(0))
+    shape = _ragged_shape(fused_TN, heads, documents, scores, room, output.stride(0))
     return _backward(grad, fused_TN, output, saved, shape, _places(documents, shape))

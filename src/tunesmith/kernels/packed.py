@@ -1,4 +1,5 @@
-"""What attention on packed rows is told: the layout of the fused buffer, the documents, and a row of the table.
+"""What attention on packed rows is told: the layout of the fused buffer, the documents, what happens to scores
+between q·k and the softmax, and a row of the table.
 
 Shape suffixes: T tokens, N columns of the fused buffer, H query heads, G key/value heads, K head size, D documents.
 """
@@ -6,7 +7,7 @@ Shape suffixes: T tokens, N columns of the fused buffer, H query heads, G key/va
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,23 +22,16 @@ class Heads:
         query: number of query heads (H).
         key_value: number of key/value heads (G); H is a multiple of it.
         size: width of a head (K).
-        scale: factor on the scores; None is K ** -0.5.
     """
 
     query: int
     key_value: int
     size: int
-    scale: float | None = None
 
     @property
     def columns(self) -> int:
         """Columns of the fused buffer."""
         return (self.query + 2 * self.key_value) * self.size
-
-    @property
-    def factor(self) -> float:
-        """The factor on the scores as a number."""
-        return self.scale if self.scale is not None else self.size**-0.5
 
     def split(self, fused_TN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views `[T, H, K]`, `[T, G, K]`, `[T, G, K]` of q, k and v."""
@@ -79,6 +73,30 @@ class Documents:
         return self.bound is None and min(self.lengths) == max(self.lengths)
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What makes scores of q·k, and which of them count.
+
+    Attributes:
+        scale: factor on q·k; None is K ** -0.5.
+        window: keys that a query sees, itself and those before it; None are all of its document.
+        softcap: c of s ← c · tanh(s / c) after scaling; None caps nothing.
+    """
+
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+
+    def factor(self, heads: Heads) -> float:
+        """The factor on q·k as a number."""
+        return self.scale if self.scale is not None else heads.size**-0.5
+
+    def within(self, documents: Documents) -> Scores:
+        """The same without a window that hides nothing, so that backends without windows serve too."""
+        hides = self.window is not None and self.window < documents.longest
+        return self if hides or self.window is None else replace(self, window=None)
+
+
 Saved = tuple[Tensor, ...]
 """What a backend keeps for its backward besides the fused buffer and the output."""
 
@@ -88,16 +106,16 @@ class Backend:
     """A row of the table.
 
     Attributes:
-        fits: whether it computes this device, type, layout and set of documents.
-        forward: (fused_TN, heads, documents, room) → output `[T, H·K]`, in rows with `room` more columns where it
-            can, and what backward needs.
-        backward: (grad `[T, H·K]`, fused_TN, output, saved, heads, documents, room) → gradient of the fused buffer,
-            the first columns of rows with `room` more.
+        fits: whether it computes this device, type, layout, set of documents and kind of scores.
+        forward: (fused_TN, heads, documents, scores, room) → output `[T, H·K]`, in rows with `room` more columns
+            where it can, and what backward needs.
+        backward: (grad `[T, H·K]`, fused_TN, output, saved, heads, documents, scores, room) → gradient of the fused
+            buffer, the first columns of rows with `room` more.
     """
 
-    fits: Callable[[Tensor, Heads, Documents], bool]
-    forward: Callable[[Tensor, Heads, Documents, int], tuple[Tensor, Saved]]
-    backward: Callable[[Tensor, Tensor, Tensor, Saved, Heads, Documents, int], Tensor]
+    fits: Callable[[Tensor, Heads, Documents, Scores], bool]
+    forward: Callable[[Tensor, Heads, Documents, Scores, int], tuple[Tensor, Saved]]
+    backward: Callable[[Tensor, Tensor, Tensor, Saved, Heads, Documents, Scores, int], Tensor]
 
 
 def takes_half(fused_TN: Tensor, heads: Heads, widest: int) -> bool:
