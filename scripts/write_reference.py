@@ -1,6 +1,6 @@
-"""Writes docs/reference.md from the settings and the commands, and the tree of files in README.md.
+"""Writes docs/reference.md from the settings and the commands, docs/families.md, and the tree of files in README.md.
 
-    .venv/bin/python scripts/write_reference.py            write both
+    .venv/bin/python scripts/write_reference.py            write all
     .venv/bin/python scripts/write_reference.py --check    exit 1 where one is out of date
 
 A setting's text is the docstring below its field, a file's line is the first sentence of its docstring. The
@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -27,6 +27,7 @@ from tunesmith.settings.run import RunSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference.md"
+FAMILIES = ROOT / "docs" / "families.md"
 README = ROOT / "README.md"
 TREE_BEGIN, TREE_END = "<!-- tree: begin -->\n", "<!-- tree: end -->\n"
 _LONGEST_LINE = 100
@@ -213,6 +214,89 @@ def reference() -> str:
     return "\n".join([HEAD, *settings_pages(), *command_pages()]).rstrip() + "\n"
 
 
+# ---------------------------------------------------------------- families
+
+FAMILIES_HEAD = """\
+# Families with fused layers
+
+Written by `scripts/write_reference.py` from `ARCHITECTURES` in `planning/architectures.py`; edits by hand are lost.
+
+A model whose `model_type` (in its `config.json`) is in this table runs on a GPU with the hand-written layer
+([memory and speed](memory-and-speed.md)). Each row is compared with transformers in `tests/models/test_families.py`:
+logits and the gradients of all adapters, over packed documents and plain batches, every policy giving the same bits.
+Fine-tuned models of any name have the type of the model that they come from: DeepSeek-R1's distills are `llama` and
+`qwen2`.
+
+Every other causal model, and one of these whose config holds what the last column names, trains on its stock layers,
+with packed attention and the same loss. So does a layer whose norms or weights are trained.
+"""
+
+FAMILIES_TAIL = """
+Biases of projections, partly rotated heads and scalings of RoPE (`rope_parameters`) are computed in every family.
+
+No family is fused if
+"""
+
+FAMILIES_COLUMNS: dict[str, Callable[[Any], str]] = {
+    "family": lambda row: f"`{row.model_type}`",
+    "models": lambda row: row.models,
+    "norms": lambda row: _norms(row),
+    "q and k": lambda row: _positions(row),
+    "attention": lambda row: _attention(row),
+    "MLP": lambda row: _mlp(row),
+    "not fused if": lambda row: "; ".join(reason for _, reason in row.refused) or "–",
+}
+
+
+def _norms(row: Any) -> str:
+    kind = {"rms": "RMS", "layer": "layer"}[row.norm]
+    weight = f"{kind} norm of weight {row.norm_offset:g} + w" if row.norm_offset else f"{kind} norm"
+    if row.parallel:
+        return f"one {weight} before both blocks, which run in parallel"
+    sides = {"before": row.norms[::2], "behind": row.norms[1::2]}
+    return f"{weight} {' and '.join(side for side, paths in sides.items() if any(paths))} a block"
+
+
+def _positions(row: Any) -> str:
+    parts = []
+    if row.qk_norms:
+        parts.append("RMS norm over all heads" if row.qk_full else "RMS norm of each head")
+    parts.append("RoPE on neighbouring columns" if row.interleaved else "RoPE on halves")
+    if row.rope:
+        parts.append("none in some layers")
+    return ", ".join(parts)
+
+
+def _attention(row: Any) -> str:
+    parts = ["one matrix for q, k, v"] if len(row.qkv) == 1 else []
+    parts += ["sliding windows"] if row.window else []
+    parts += ["soft cap"] if row.softcap else []
+    return ", ".join(parts) or "causal"
+
+
+def _mlp(row: Any) -> str:
+    parts = ["gated" if row.gated else "not gated"]
+    parts += ["one matrix for gate and up"] if row.gated and len(row.gate_up) == 1 else []
+    parts += ["factor on what a block adds"] if row.residual_multiplier else []
+    return ", ".join(parts)
+
+
+def families() -> str:
+    """The text of docs/families.md."""
+    from tunesmith.planning.architectures import ACTIVATIONS, ARCHITECTURES, REFUSED_EVERYWHERE
+
+    names = list(FAMILIES_COLUMNS)
+    lines = [f"| {' | '.join(names)} |", f"| {' | '.join('---' for _ in names)} |"]
+    lines += [
+        f"| {' | '.join(_one_line(text(row)) for text in FAMILIES_COLUMNS.values())} |"
+        for row in ARCHITECTURES.values()
+    ]
+    everywhere = [f"- {reason}" for _, reason in REFUSED_EVERYWHERE]
+    activations = ", ".join(f"`{name}`" for name in ACTIVATIONS)
+    last = f"- its activation is not among {activations}\n"
+    return "\n".join([FAMILIES_HEAD, *lines, FAMILIES_TAIL, *everywhere, last])
+
+
 # ---------------------------------------------------------------- tree
 
 
@@ -274,7 +358,7 @@ def readme() -> str:
 
 def main(arguments: list[str]) -> int:
     """Write what is out of date, or with `--check` name it."""
-    wanted = {REFERENCE: reference(), README: readme()}
+    wanted = {REFERENCE: reference(), FAMILIES: families(), README: readme()}
     stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
     for path in stale:
         if "--check" in arguments:

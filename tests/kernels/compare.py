@@ -5,7 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tunesmith.kernels import adamw, cross_entropy, glu, launch, nf4, residual, rms_norm, rope
+from tunesmith.kernels import (
+    adamw,
+    attention_triton,
+    cross_entropy,
+    glu,
+    launch,
+    layer_norm,
+    nf4,
+    qk_norm,
+    residual,
+    rms_norm,
+    rope,
+)
 from tunesmith.kernels.catalog import CATALOG
 from tunesmith.kernels.measure import copied, error, errors, results
 
@@ -29,6 +41,17 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(kernel.fn.__name__)
         launch.launch(kernel, *args, **options)
 
-    for module in (adamw, cross_entropy, glu, nf4, residual, rms_norm, rope):
+    for module in (
+        adamw,
+        attention_triton,
+        cross_entropy,
+        glu,
+        layer_norm,
+        nf4,
+        qk_norm,
+        residual,
+        rms_norm,
+        rope,
+    ):
         monkeypatch.setattr(module, "launch", counted)
     return seen

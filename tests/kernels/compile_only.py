@@ -18,9 +18,35 @@ from unittest import mock
 
 import torch
 
-from tunesmith.kernels import adamw, cross_entropy, glu, nf4, residual, rms_norm, rope
+from tunesmith.kernels import (
+    adamw,
+    attention_blocks,
+    attention_triton,
+    cross_entropy,
+    glu,
+    layer_norm,
+    nf4,
+    qk_norm,
+    residual,
+    rms_norm,
+    rope,
+)
 
-MODULES = (adamw, cross_entropy, glu, nf4, residual, rms_norm, rope)
+MODULES = (
+    adamw,
+    attention_blocks,
+    attention_triton,
+    cross_entropy,
+    glu,
+    layer_norm,
+    nf4,
+    qk_norm,
+    residual,
+    rms_norm,
+    rope,
+)
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KiB of shared memory that a program can have."""
 TYPES = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -72,7 +98,7 @@ def _specialise(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> 
 
 
 @contextmanager
-def recorded(multiprocessors: int = 132) -> Iterator[list[Launch]]:
+def recorded(multiprocessors: int = 132, capability: int = 89) -> Iterator[list[Launch]]:
     """Within it, the public functions launch on any tensor and the launches are listed instead of run."""
     found: list[Launch] = []
 
@@ -85,6 +111,7 @@ def recorded(multiprocessors: int = 132) -> Iterator[list[Launch]]:
         "launch": record,
         "use_triton": lambda _tensor, _name: True,
         "multiprocessors": lambda _tensor: multiprocessors,
+        "card": lambda _tensor: attention_blocks.Card(capability // 10, SHARED[capability]),
     }
     patches = [
         mock.patch.object(module, name, function)

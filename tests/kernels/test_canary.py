@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tunesmith.kernels import attention, canary, launch
-from tunesmith.kernels.attention import Documents, Heads, choose_backend
-from tunesmith.kernels.canary import ModelShape, check_kernels
+from tunesmith.kernels.attention import Documents, Heads, Scores, choose_backend
+from tunesmith.kernels.canary import ModelShape, Traits, check_kernels
 from tunesmith.kernels.catalog import CATALOG
 
 SHAPE = ModelShape(width=48, inner=80, heads=Heads(4, 2, 16), rank=5, vocabulary=97, nf4=True)
@@ -31,6 +31,32 @@ def _break(monkeypatch: pytest.MonkeyPatch, name: str, operation) -> None:
 
 def test_every_row_of_the_catalog_is_checked():
     assert set(canary._SIZES) == set(CATALOG)
+
+
+FAMILIES = {
+    "gemma3": Traits(norm_offset=1.0, behind=True, qk_norm=True, activation="gelu_tanh"),
+    "olmo2": Traits(before=False, behind=True, qk_norm=True, qk_full=True),
+    "phi3": Traits(one_qkv=True, one_gate_up=True, rotary_dim=12),
+    "cohere": Traits(norm="layer", interleaved=True, spread=True),
+    "starcoder2": Traits(norm="layer", norm_bias=True, activation="gelu_tanh", gated=False),
+    "granite": Traits(residual_multiplier=0.22),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_kernels_of_a_family_pass(family):
+    shape = dataclasses.replace(SHAPE, traits=FAMILIES[family])
+    assert check_kernels(shape, torch.float32, CPU) == []
+
+
+def test_each_kernel_is_checked_for_the_families_that_use_it():
+    shapes = [SHAPE, *(dataclasses.replace(SHAPE, traits=traits) for traits in FAMILIES.values())]
+    checked = [{name for name, size_of in canary._SIZES.items() if size_of(s) is not None} for s in shapes]
+    assert set().union(*checked) == set(CATALOG)
+    ours = {"qk_norm_rope", "qk_norm_rope_backward_", "add_normed", "layer_norm", "layer_norm_backward"}
+    assert not checked[0] & ours, "Llama has none of them"
+    assert checked[1] & ours == {"qk_norm_rope", "qk_norm_rope_backward_", "add_normed"}
+    assert "rope_qkv_" not in checked[1]
 
 
 def test_right_kernels_stay_on():
@@ -71,8 +97,8 @@ def test_a_kernel_that_cannot_run_is_switched_off(monkeypatch):
 def test_a_wrong_attention_backend_is_passed_over(monkeypatch):
     good = attention.BACKENDS["sdpa"]
 
-    def forward(fused_TN, heads, documents):
-        output, saved = good.forward(fused_TN, heads, documents)
+    def forward(*call):
+        output, saved = good.forward(*call)
         return output * 1.1, saved
 
     bad = dataclasses.replace(good, forward=forward)
@@ -86,13 +112,30 @@ def test_a_wrong_attention_backend_is_passed_over(monkeypatch):
     assert choose_backend(fused, SHAPE.heads, documents) == "sdpa"
 
 
+def test_every_kind_of_scores_is_checked(monkeypatch):
+    """A backend that is wrong about windows alone, in a model with windows longer than the canary's documents."""
+    good = attention.BACKENDS["sdpa"]
+
+    def forward(fused_TN, heads, documents, scores, room):
+        wrong = scores if scores.window is None else dataclasses.replace(scores, window=scores.window + 1)
+        return good.forward(fused_TN, heads, documents, wrong, room)
+
+    monkeypatch.setattr(
+        attention, "BACKENDS", table := {"fast": dataclasses.replace(good, forward=forward), "sdpa": good}
+    )
+    monkeypatch.setattr(canary, "BACKENDS", table)
+    assert check_kernels(SHAPE, torch.bfloat16, CPU) == []
+    mixed = dataclasses.replace(SHAPE, scores=(Scores(), Scores(scale=0.1, window=4096)))
+    assert [finding.name for finding in check_kernels(mixed, torch.bfloat16, CPU)] == ["fast"]
+
+
 def test_the_outcome_is_remembered_for_this_shape(monkeypatch, tmp_path: Path):
     calls = []
     original = canary.errors
     monkeypatch.setattr(canary, "errors", lambda *a: calls.append(a) or original(*a))
     assert check_kernels(SHAPE, torch.float32, CPU, tmp_path) == []
     first = len(calls)
-    assert first == len(CATALOG)
+    assert first == sum(size_of(SHAPE) is not None for size_of in canary._SIZES.values())
     assert check_kernels(SHAPE, torch.float32, CPU, tmp_path) == []
     assert len(calls) == first
     check_kernels(dataclasses.replace(SHAPE, rank=6), torch.float32, CPU, tmp_path)

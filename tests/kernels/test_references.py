@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tests.kernels.attention_plain import packed_attention, packed_attention_backward
 from tests.kernels.compare import SMALL, copied, error, label, results
 from tunesmith.kernels.catalog import CATALOG
 from tunesmith.kernels.nf4 import NF4_CODE, dequantize_nf4
@@ -36,53 +37,106 @@ def rms_norm_backward(*, grad_TD, summed_TD, weight_D, rstd_T, add_TD, weight_gr
     return [hidden, *([weight] if weight_grad else []), *([normed] if recompute else [])]
 
 
-def _rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Hugging Face's formula on the first columns of each head."""
-    turned, rest = x_THK[..., : cos.shape[-1]], x_THK[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, -1)
-    return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, rest], -1)
+def add_normed(*, residual_TD, hidden_TD, weight_D, eps, offset):
+    rstd = (hidden_TD.square().mean(-1) + eps) ** -0.5
+    return [residual_TD + _norm(hidden_TD, weight_D, offset), rstd]
 
 
-def _rope(qkv, cos, sin, heads, kv_heads, head_dim, products):
-    parts = list(qkv.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], -1))
-    parts = [part + product for part, product in zip(parts, products, strict=True)]
-    for index in (0, 1):
-        heads_THK = parts[index].unflatten(-1, (-1, head_dim))
-        parts[index] = _rotate(heads_THK, cos[:, None], sin[:, None]).flatten(1)
-    return torch.cat(parts, -1)
+def _layer_norm(hidden, weight, bias):
+    return functional.layer_norm(hidden, hidden.shape[-1:], weight, bias, eps=1e-5)
+
+
+def layer_norm(*, hidden_TD, weight_D, eps, bias_D):
+    stats = [hidden_TD.mean(-1), (hidden_TD.var(-1, correction=0) + eps) ** -0.5]
+    return [_layer_norm(hidden_TD, weight_D, bias_D), torch.stack(stats)]
+
+
+def layer_norm_backward(
+    *, grad_TD, hidden_TD, weight_D, bias_D, stats_2T, add_TD, weight_grad, recompute
+):  # fmt: skip
+    bias = torch.zeros_like(weight_D) if bias_D is None else bias_D
+    leaves = [leaf.requires_grad_() for leaf in (hidden_TD, weight_D, bias)]
+    normed = _layer_norm(*leaves)
+    hidden, *weights = torch.autograd.grad(normed, leaves, grad_TD)
+    hidden = hidden if add_TD is None else hidden + add_TD
+    return [hidden, *([torch.stack(weights)] if weight_grad else []), *([normed] if recompute else [])]
+
+
+def _rotate(x_THK: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
+    """Pairs of a head's first columns as complex numbers, times e to the angle."""
+    turned, rest = x_THK[..., :rotary_dim], x_THK[..., rotary_dim:]
+    half = rotary_dim // 2
+    angle = torch.complex(cos[:, None, :half], sin[:, None, :half])
+    if interleaved:
+        pairs = torch.view_as_complex(turned.unflatten(-1, (half, 2)).contiguous())
+        return torch.cat([torch.view_as_real(pairs * angle).flatten(-2), rest], -1)
+    pairs = torch.complex(turned[..., :half].contiguous(), turned[..., half:].contiguous()) * angle
+    return torch.cat([pairs.real, pairs.imag, rest], -1)
+
+
+def _parts(qkv, heads, kv_heads, head_dim, xa, b, rank, scale):
+    """q, k and v with their adapters."""
+    columns = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+    parts = list(qkv.split(columns, -1))
+    if rank:
+        xas = xa.chunk(3, -1) if xa.shape[1] > rank else [xa] * 3
+        parts = [p + scale * x @ y.T for p, x, y in zip(parts, xas, b.split(columns), strict=True)]
+    return [part.unflatten(-1, (-1, head_dim)) for part in parts]
 
 
 def rope_qkv_(
-    *, qkv_TN, cos_TK, sin_TK, heads, kv_heads, head_dim, rotary_dim, inverse, xa_TR, b_NR, rank, scale
-):
-    products = [0, 0, 0]
-    if rank:
-        columns = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
-        pairs = zip(xa_TR.chunk(3, -1), b_NR.split(columns), strict=True)
-        products = [scale * xa @ b.T for xa, b in pairs]
+    *, qkv_TN, cos_TK, sin_TK, heads, kv_heads, head_dim, rotary_dim, inverse, xa_TR, b_NR, rank, scale,
+    interleaved,
+):  # fmt: skip
+    def turned(qkv):
+        q, k, v = _parts(qkv, heads, kv_heads, head_dim, xa_TR, b_NR, rank, scale)
+        q, k = (_rotate(part, cos_TK, sin_TK, rotary_dim or head_dim, interleaved) for part in (q, k))
+        return torch.cat([part.flatten(1) for part in (q, k, v)], -1)
+
     if not inverse:
-        return [_rope(qkv_TN, cos_TK, sin_TK, heads, kv_heads, head_dim, products)]
-    # the inverse is the vector-Jacobian product of the rotation, so long as cos² + sin² = 1
+        return [turned(qkv_TN)]
+    # the inverse is the vector-Jacobian product of the rotation
     leaf = torch.zeros_like(qkv_TN, requires_grad=True)
-    turned = _rope(leaf, cos_TK, sin_TK, heads, kv_heads, head_dim, products)
-    return list(torch.autograd.grad(turned, leaf, qkv_TN))
+    return list(torch.autograd.grad(turned(leaf), leaf, qkv_TN))
 
 
-def _glu(gate_up, xa, b, activation, rank, scale):
+def qk_norm_rope(*, qkv_TN, cos_TK, sin_TK, layout, norms, adapter):
+    adapted = (None, None, 0, 1.0) if adapter is None else adapter
+    q, k, v = _parts(qkv_TN, layout.heads, layout.kv_heads, layout.head_dim, *adapted)
+    turned = []
+    for part, weight in ((q, norms.q_weight_K), (k, norms.k_weight_K)):
+        rows = part.flatten(1) if norms.full else part
+        normed = _norm(rows, weight, norms.offset).view_as(part)
+        turned.append(_rotate(normed, cos_TK, sin_TK, 2 * layout.half, layout.interleaved))
+    return [torch.cat([part.flatten(1) for part in (*turned, v)], -1)]
+
+
+def qk_norm_rope_backward_(*, grad_TN, qkv_TN, norms, weight_grad, **others):
+    leaves = [leaf.requires_grad_() for leaf in (qkv_TN, norms.q_weight_K, norms.k_weight_K)]
+    (out,) = qk_norm_rope(qkv_TN=qkv_TN, norms=norms, **others)
+    qkv, *weights = torch.autograd.grad(out, leaves, grad_TN)
+    return [*(weights if weight_grad else []), qkv]
+
+
+def _glu(gate_up, xa, b, activation, gated, rank, scale):
+    if not gated:
+        return FUNCTIONS[activation](gate_up + scale * xa @ b.T if rank else gate_up)
     gate, up = gate_up.chunk(2, -1)
     if rank:
-        (xa_g, xa_u), (b_g, b_u) = xa.chunk(2, -1), b.chunk(2)
+        (xa_g, xa_u), (b_g, b_u) = xa.chunk(2, -1) if xa.shape[1] > rank else (xa, xa), b.chunk(2)
         gate, up = gate + scale * xa_g @ b_g.T, up + scale * xa_u @ b_u.T
     return FUNCTIONS[activation](gate) * up
 
 
-def glu(*, gate_up_TN, activation, xa_TR, b_NR, rank, scale):
-    return [_glu(gate_up_TN, xa_TR, b_NR, activation, rank, scale)]
+def glu(*, gate_up_TN, activation, gated, xa_TR, b_NR, rank, scale):
+    return [_glu(gate_up_TN, xa_TR, b_NR, activation, gated, rank, scale)]
 
 
-def glu_backward_(*, gate_up_TN, activation, xa_TR, b_NR, rank, scale, grad_act_TI, down_dxa_TR, down_a_RI):
+def glu_backward_(
+    *, gate_up_TN, activation, gated, xa_TR, b_NR, rank, scale, grad_act_TI, down_dxa_TR, down_a_RI
+):
     leaves = [gate_up_TN.requires_grad_()] + ([xa_TR.requires_grad_()] if rank else [])
-    act = _glu(gate_up_TN, xa_TR, b_NR, activation, rank, scale)
+    act = _glu(gate_up_TN, xa_TR, b_NR, activation, gated, rank, scale)
     # the down projection reads act twice: through its weight, whose gradient is given, and through A
     upstream = [grad_act_TI] if down_dxa_TR is None else [grad_act_TI, down_dxa_TR]
     outputs = [act] if down_dxa_TR is None else [act, act @ down_a_RI.T]
@@ -124,21 +178,28 @@ def adamw_(*, parameters, gradients, exp_avgs, exp_avg_sqs, steps, groups, optio
     return [norm, *leaves, *exp_avgs, *exp_avg_sqs, *steps]
 
 
-def add_residual(y_TN, residual_TN, u_TR, b_NR):
-    total = y_TN + residual_TN if u_TR is None else y_TN + residual_TN + u_TR @ b_NR.T
-    return [total]
+def add_residual(y_TN, residual_TN, u_TR, b_NR, scale):
+    total = scale * (y_TN if u_TR is None else y_TN + u_TR @ b_NR.T)
+    return [total if residual_TN is None else residual_TN + total]
 
 
 PLAIN = {
     "adamw_": adamw_,
     "add_residual": add_residual,
+    "add_normed": add_normed,
+    "layer_norm": layer_norm,
+    "layer_norm_backward": layer_norm_backward,
     "rms_norm": rms_norm,
     "rms_norm_backward": rms_norm_backward,
     "rope_qkv_": rope_qkv_,
+    "qk_norm_rope": qk_norm_rope,
+    "qk_norm_rope_backward_": qk_norm_rope_backward_,
     "glu": glu,
     "glu_backward_": glu_backward_,
     "softmax_gradient_": softmax_gradient_,
     "logprob_": logprob_,
+    "packed_attention": packed_attention,
+    "packed_attention_backward": packed_attention_backward,
 }
 
 

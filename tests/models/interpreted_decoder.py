@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.test_decoder import TOLERANCE, error, run
 from tests.models.test_decoder_truths import batch_of, computed, fused, rounded, squared
@@ -23,13 +24,13 @@ MODULES = (glu, residual, rms_norm, rope)
 
 
 @pytest.fixture(autouse=True)
-def launches(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
-    """Module and name of every kernel that ran."""
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Module and name of every kernel that ran, in order."""
     assert launch.INTERPRETED
-    seen: set[tuple[str, str]] = set()
+    seen: list[tuple[str, str]] = []
 
     def counted(module, kernel, *args, **options):
-        seen.add((module.__name__.rpartition(".")[2], kernel.fn.__name__))
+        seen.append((module.__name__.rpartition(".")[2], kernel.fn.__name__))
         launch.launch(kernel, *args, **options)
 
     for module in MODULES:
@@ -49,6 +50,56 @@ def test_layers_equal_stock(rank, policy, launches):
     assert {module for module, name in launches if "backward" in name} == {"glu", "rms_norm"}
     assert (ours - hidden).norm() / hidden.norm() < TOLERANCE[torch.float32]
     assert error(our_grads, grads) < TOLERANCE[torch.float32]
+
+
+FORWARD = [
+    ("rms_norm", "_forward_kernel"),
+    ("rope", "_rope_kernel"),
+    ("residual", "_residual_kernel"),
+    ("rms_norm", "_forward_kernel"),
+    ("glu", "_forward_kernel"),
+    ("residual", "_residual_kernel"),
+]
+BACKWARD = [
+    ("glu", "_adapter_backward_kernel"),
+    ("glu", "_sum_splits_kernel"),
+    ("rms_norm", "_backward_kernel"),
+    ("rope", "_rope_kernel"),
+    ("rms_norm", "_backward_kernel"),
+]
+
+
+class Gemms(TorchDispatchMode):
+    """Counts matrix products; the interpreter makes its own elsewhere."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function._overloadpacket.__name__ in ("mm", "addmm", "addmm_")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("policy", "again", "gemms"),
+    [
+        # products with weights: 4 forward, 4 backward; with ranks: u of output and down, ∂u of q, k, v and of output
+        # and down (that of gate and up falls out of the activation's kernel), ∂A of four groups, ∂B of seven
+        # projections, and ∂u A of the output
+        ("keep", [], 4 + 4 + 2 + 3 + 2 + 4 + 7 + 1),
+        ("recompute_gate_up", FORWARD[3:4], 1 + 4 + 4 + 2 + 3 + 2 + 4 + 7 + 1),
+        ("recompute", FORWARD[:4], 3 + 4 + 4 + 2 + 3 + 2 + 4 + 7 + 1),
+    ],
+)
+def test_a_llama_layer_launches_no_more_than_this(policy, again, gemms, launches):
+    """The figures of `benchmarks/RESULTS.md` stand for these launches; other families may not add to them."""
+    model = rounded(torch.float32, layers=1, rank=8, **SHAPE)
+    installed = install(model, policy=policy)
+    hidden = torch.randn(1, 16, SHAPE["hidden_size"], requires_grad=True)
+    angle = torch.randn(1, 16, 4).repeat(1, 1, 2)
+    with Gemms() as counted:
+        installed.layers[0](hidden, position_embeddings=(angle.cos(), angle.sin())).sum().backward()
+    assert launches == FORWARD + again + BACKWARD
+    assert counted.count == gemms
 
 
 def test_policies_agree_bit_for_bit():

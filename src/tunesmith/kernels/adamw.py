@@ -11,6 +11,9 @@ Learning rates, clipping factor, step counts and the decision to skip are read f
 waits, and a CUDA graph can replay the launches. Gradients are read and not written: clipping is a factor of the
 update. Sums have a fixed order on a given card, without atomics, so that a resumed run repeats every bit.
 
+Moments may be wider than their parameters, and a parameter in bfloat16 may be rounded stochastically, see
+`kernels.stochastic`. `kernels.adamw_8bit` uses the same tables for moments in 8 bits.
+
 Rejected: an operator with lists of tensors, as the other kernels have one. `torch.library.custom_op` takes
 0.57 ms for four lists of 420 tensors before anything is computed, many times the four launches; the addresses of
 420 tensors are read in 0.02 ms. These are plain functions; autograd never sees an optimizer.
@@ -36,6 +39,12 @@ from tunesmith.kernels.launch import (
     power_of_2,
     tl,
     use_triton,
+)
+from tunesmith.kernels.stochastic import (
+    random_words,
+    random_words_reference,
+    to_bfloat16,
+    to_bfloat16_reference,
 )
 
 NAME = "adamw_"
@@ -71,6 +80,16 @@ def _span(extent_RP, tensor, block, tensors, ALIGNED: tl.constexpr, BLOCK: tl.co
         size = tl.multiple_of(size, 16)
     at = (block - tl.load(extent_RP + tensors + tensor)) * BLOCK + tl.arange(0, BLOCK)
     return at, at < size
+
+
+@jit()
+def element_words(  # type: ignore[no-untyped-def]
+    address_RP, extent_RP, tensor, block, tensors, seed, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Random words of a block's elements in the step that is being made, which `_advance_kernel` has counted."""
+    step = tl.load(tl.load(address_RP + 4 * tensors + tensor).to(tl.pointer_type(tl.float32)))
+    first = (block - tl.load(extent_RP + tensors + tensor)) * BLOCK
+    return random_words(seed, step, tl.load(extent_RP + 3 * tensors + tensor), first, BLOCK)
 
 
 @jit(do_not_specialize=["tensors", "blocks"])
@@ -128,10 +147,11 @@ def _advance_kernel(  # type: ignore[no-untyped-def]
     tl.store(scalar + 9 * tensors, tl.where(apply, 1.0, 0.0), mask=live)
 
 
-@jit(do_not_specialize=["tensors"])
+@jit(do_not_specialize=["tensors", "seed"])
 def _update_kernel(  # type: ignore[no-untyped-def]
-    address_RP, extent_RP, tensor_B, scalar_RP, tensors,
-    ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    address_RP, extent_RP, tensor_B, scalar_RP, tensors, seed,
+    ELEMENT: tl.constexpr, MOMENT: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     tensor = tl.load(tensor_B + block)
@@ -141,8 +161,8 @@ def _update_kernel(  # type: ignore[no-untyped-def]
         address = address_RP + tensor
         parameter = _pointer(address, ELEMENT, ALIGNED) + at
         grad = _pointer(address + tensors, ELEMENT, ALIGNED) + at
-        first = _pointer(address + 2 * tensors, ELEMENT, ALIGNED) + at
-        second = _pointer(address + 3 * tensors, ELEMENT, ALIGNED) + at
+        first = _pointer(address + 2 * tensors, MOMENT, ALIGNED) + at
+        second = _pointer(address + 3 * tensors, MOMENT, ALIGNED) + at
         g = tl.load(grad, mask=live, other=0.0).to(tl.float32) * tl.load(scalar)
         m = tl.load(first, mask=live, other=0.0).to(tl.float32) * tl.load(scalar + 4 * tensors)
         v = tl.load(second, mask=live, other=0.0).to(tl.float32) * tl.load(scalar + 6 * tensors)
@@ -152,9 +172,13 @@ def _update_kernel(  # type: ignore[no-untyped-def]
         # correctly rounded: the approximate root takes the v of a gradient below 1e-19 for zero
         root = tl.sqrt_rn(v) * tl.load(scalar + 3 * tensors) + tl.load(scalar + 8 * tensors)
         p -= tl.load(scalar + 2 * tensors) * tl.div_rn(m, root)
-        tl.store(first, m.to(ELEMENT), mask=live)
-        tl.store(second, v.to(ELEMENT), mask=live)
-        tl.store(parameter, p.to(ELEMENT), mask=live)
+        tl.store(first, m.to(MOMENT), mask=live)
+        tl.store(second, v.to(MOMENT), mask=live)
+        if STOCHASTIC:
+            word = element_words(address_RP, extent_RP, tensor, block, tensors, seed, BLOCK)
+            tl.store(parameter, to_bfloat16(p, word), mask=live)
+        else:
+            tl.store(parameter, p.to(ELEMENT), mask=live)
 
 
 # ---------------------------------------------------------------------- tables and launchers
@@ -167,8 +191,10 @@ class Table:
     Attributes:
         members: which tensors of the lists it was made from.
         dtype: their type.
-        address_RP: int64 rows: parameter, gradient, first moment, second moment, step count.
-        extent_RP: int64 rows: elements, first block, group.
+        moment_dtype: that of their moments.
+        address_RP: int64 rows: parameter, gradient, first moment, second moment, step count, and what else a kernel
+            needs for each tensor.
+        extent_RP: int64 rows: elements, first block, group, number in the sequence of random words.
         tensor_B: int32, the tensor of each block.
         regular: whether sizes are multiples of 16 and addresses, except those of gradients, of 16 bytes.
         aligned: whether the gradients are too, so that 16 bytes are read at a time.
@@ -177,6 +203,7 @@ class Table:
 
     members: tuple[int, ...]
     dtype: torch.dtype
+    moment_dtype: torch.dtype
     address_RP: Tensor
     extent_RP: Tensor
     tensor_B: Tensor
@@ -196,40 +223,50 @@ def make_tables(
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
     groups: Sequence[int],
+    *,
+    numbers: Sequence[int] | None = None,
+    scales: Sequence[Sequence[Tensor]] = (),
 ) -> tuple[Table, ...]:
-    """One table for each type; `point_at` has to name the gradients before it is used.
+    """One table for each pair of types; `point_at` has to name the gradients before it is used.
 
     Args:
         parameters: contiguous tensors of one device.
-        exp_avgs: first moments, each like its parameter.
-        exp_avg_sqs: second moments, each like its parameter.
+        exp_avgs: first moments, of the shapes of their parameters.
+        exp_avg_sqs: second moments, each of the type of the first.
         steps: step counts, float32 scalars on that device.
         groups: the row of options that applies to each parameter.
+        numbers: what tells the random words of one parameter from those of another; their order by default.
+        scales: rows of further tensors.
     """
-    members: dict[torch.dtype, list[int]] = {}
+    members: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
     for index, parameter in enumerate(parameters):
-        members.setdefault(parameter.dtype, []).append(index)
+        members.setdefault((parameter.dtype, exp_avgs[index].dtype), []).append(index)
+    rows = (parameters, exp_avgs, exp_avg_sqs, steps, *scales)
+    numbers = range(len(parameters)) if numbers is None else numbers
     return tuple(
-        _make_table([[tensors[i] for i in inside] for tensors in (parameters, exp_avgs, exp_avg_sqs, steps)],
-                    inside, [groups[i] for i in inside])
+        _make_table([[row[i] for i in inside] for row in rows], inside,
+                    [groups[i] for i in inside], [numbers[i] for i in inside])
         for inside in members.values()
     )  # fmt: skip
 
 
-def _make_table(tensors: list[list[Tensor]], members: list[int], groups: list[int]) -> Table:
-    parameters = tensors[0]
+def _make_table(
+    tensors: list[list[Tensor]], members: list[int], groups: list[int], numbers: list[int]
+) -> Table:
+    parameters, exp_avgs = tensors[:2]
     assert all(tensor.is_contiguous() for row in tensors for tensor in row)
     device = parameters[0].device
     sizes = [parameter.numel() for parameter in parameters]
     blocks = torch.tensor([-(-size // BLOCK) for size in sizes])
     first_P = blocks.cumsum(0) - blocks
-    parameter, first, second, step = ([tensor.data_ptr() for tensor in row] for row in tensors)
+    parameter, first, second, *rest = ([tensor.data_ptr() for tensor in row] for row in tensors)
     tensor_B = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), blocks)
-    address_RP = staged([parameter, [0] * len(sizes), first, second, step], torch.int64, device)
-    extent_RP = staged([sizes, first_P.tolist(), groups], torch.int64, device)
+    address_RP = staged([parameter, [0] * len(sizes), first, second, *rest], torch.int64, device)
+    extent_RP = staged([sizes, first_P.tolist(), groups, numbers], torch.int64, device)
     return Table(
         members=tuple(members),
         dtype=parameters[0].dtype,
+        moment_dtype=exp_avgs[0].dtype,
         address_RP=address_RP.to(device, non_blocking=True),
         extent_RP=extent_RP.to(device, non_blocking=True),
         tensor_B=(tensor_B.pin_memory() if device.type == "cuda" else tensor_B).to(device, non_blocking=True),
@@ -254,9 +291,12 @@ def option_table(options: Sequence[Options], device: torch.device) -> Tensor:
     return staged([[*row, *log] for row, log in zip(options, logs, strict=True)], torch.float64, device)
 
 
+def _element(dtype: torch.dtype) -> Any:
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
 def _constants(table: Table) -> dict[str, Any]:
-    element = getattr(tl, str(table.dtype).removeprefix("torch."))
-    return {"ELEMENT": element, "ALIGNED": table.aligned, "BLOCK": BLOCK, "num_warps": 4}
+    return {"ELEMENT": _element(table.dtype), "ALIGNED": table.aligned, "BLOCK": BLOCK, "num_warps": 4}
 
 
 def clip_factor(tables: Sequence[Table], max_norm: float | None) -> Tensor:
@@ -275,7 +315,24 @@ def clip_factor(tables: Sequence[Table], max_norm: float | None) -> Tensor:
     return clip_2
 
 
-def update_(tables: Sequence[Table], option_GR: Tensor, clip_2: Tensor, found_inf: Tensor) -> None:
+def advance(table: Table, option_GR: Tensor, clip_2: Tensor, found_inf: Tensor) -> Tensor:
+    """Count the step of each tensor, unless it is skipped; returns the factors of its update, float32 `[10, P]`."""
+    tensors = len(table.members)
+    scalar_RP = torch.empty((10, tensors), dtype=torch.float32, device=option_GR.device)
+    launch(
+        _advance_kernel, (-(-tensors // ADVANCED),), table.address_RP, table.extent_RP, option_GR, clip_2,
+        found_inf, scalar_RP, tensors, BLOCK=ADVANCED, num_warps=4,
+    )  # fmt: skip
+    return scalar_RP
+
+
+def update_(
+    tables: Sequence[Table],
+    option_GR: Tensor,
+    clip_2: Tensor,
+    found_inf: Tensor,
+    seed: int | None = None,
+) -> None:
     """One step of every tensor of the tables, none of which changes where the step is to be skipped.
 
     Args:
@@ -283,21 +340,40 @@ def update_(tables: Sequence[Table], option_GR: Tensor, clip_2: Tensor, found_in
         option_GR: `option_table`, on the device.
         clip_2: from `clip_factor`; a norm that is not finite skips the step.
         found_inf: one float32 on the device; another value than 0 skips the step.
+        seed: rounds parameters in bfloat16 stochastically; None rounds to the nearest.
     """
     for table in tables:
-        tensors = len(table.members)
-        scalar_RP = torch.empty((10, tensors), dtype=torch.float32, device=option_GR.device)
-        launch(
-            _advance_kernel, (-(-tensors // ADVANCED),), table.address_RP, table.extent_RP, option_GR, clip_2,
-            found_inf, scalar_RP, tensors, BLOCK=ADVANCED, num_warps=4,
-        )  # fmt: skip
+        scalar_RP = advance(table, option_GR, clip_2, found_inf)
         launch(
             _update_kernel, (len(table.tensor_B),), table.address_RP, table.extent_RP, table.tensor_B,
-            scalar_RP, tensors, **_constants(table),
+            scalar_RP, len(table.members), seed or 0, MOMENT=_element(table.moment_dtype),
+            STOCHASTIC=seed is not None and table.dtype == torch.bfloat16, **_constants(table),
         )  # fmt: skip
 
 
 # ---------------------------------------------------------------------- reference
+
+
+def clip_reference(
+    gradients: Sequence[Tensor], dtype: torch.dtype, max_norm: float | None, found_inf: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm, factor that clips it, and whether the step is made, as the kernels find them."""
+    norm = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt()
+    factor = (math.inf if max_norm is None else max_norm) / (norm + 1e-6)
+    apply = norm.isfinite()
+    if found_inf is not None:
+        apply &= (found_inf == 0).all()
+    return norm.to(dtype), factor.clamp(max=1.0).to(dtype), apply
+
+
+def rounded_reference(
+    wide: Tensor, dtype: torch.dtype, seed: int | None, step: Tensor, number: int, first: int = 0
+) -> Tensor:
+    """New values of a parameter from element `first` on in its own type."""
+    if seed is None or dtype != torch.bfloat16:
+        return wide.to(dtype)
+    words = random_words_reference(seed, step, number, range(first, first + wide.numel()))
+    return to_bfloat16_reference(wide, words.view(wide.shape))
 
 
 def adamw_reference_(
@@ -311,14 +387,12 @@ def adamw_reference_(
     options: Sequence[Options],
     max_norm: float | None = None,
     found_inf: Tensor | None = None,
+    seed: int | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
     """`adamw_` in plain torch."""
     dtype = accumulation_dtype(parameters[0].dtype)
-    norm = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt()
-    factor = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0).to(dtype)
-    apply = norm.isfinite()
-    if found_inf is not None:
-        apply &= (found_inf == 0).all()
+    norm, factor, apply = clip_reference(gradients, dtype, max_norm, found_inf)
     for index, parameter in enumerate(parameters):
         rate, beta1, beta2, eps, decay = options[groups[index]]
         m, v, step = exp_avgs[index], exp_avg_sqs[index], steps[index]
@@ -330,9 +404,11 @@ def adamw_reference_(
         size, root = rate / (1 - beta1**count), (1 - beta2**count).sqrt()
         change = size.to(dtype) * new_m / (new_v.sqrt() / root.to(dtype) + eps)
         new = parameter.to(dtype) * (1 - rate * decay) - change
-        for old, wide in ((parameter, new), (m, new_m), (v, new_v)):
+        number = index if numbers is None else numbers[index]
+        rounded = rounded_reference(new, parameter.dtype, seed, step, number)
+        for old, wide in ((parameter, rounded), (m, new_m), (v, new_v)):
             old.copy_(torch.where(apply, wide.to(old.dtype), old))
-    return norm.to(dtype), *parameters, *exp_avgs, *exp_avg_sqs, *steps
+    return norm, *parameters, *exp_avgs, *exp_avg_sqs, *steps
 
 
 # ---------------------------------------------------------------------- public
@@ -349,6 +425,8 @@ def adamw_(
     options: Sequence[Options],
     max_norm: float | None = None,
     found_inf: Tensor | None = None,
+    seed: int | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
     """Clip the global gradient norm and make one step of AdamW, in place, at least one tensor.
 
@@ -357,13 +435,15 @@ def adamw_(
     Args:
         parameters: contiguous tensors of one device; types may be mixed.
         gradients: each like its parameter; left as they are.
-        exp_avgs: first moments, each like its parameter.
-        exp_avg_sqs: second moments, each like its parameter.
+        exp_avgs: first moments, of the shapes of their parameters, in types of their own.
+        exp_avg_sqs: second moments, each like the first.
         steps: step counts, float32 scalars.
         groups: the row of `options` that applies to each parameter.
         options: learning rate, β₁, β₂, ε, weight decay.
         max_norm: limit of the norm; None clips nothing.
         found_inf: another value than 0 skips the step, as does a norm that is not finite.
+        seed: rounds parameters in bfloat16 stochastically; None rounds to the nearest.
+        numbers: what tells the random words of one parameter from those of another; their order by default.
 
     Returns:
         The norm before clipping, in the accumulation type, and then everything that was written, in the order of
@@ -372,14 +452,14 @@ def adamw_(
     if not all(use_triton(parameter, NAME) for parameter in parameters):
         return adamw_reference_(
             parameters, gradients, exp_avgs, exp_avg_sqs, steps, groups=groups, options=options,
-            max_norm=max_norm, found_inf=found_inf,
+            max_norm=max_norm, found_inf=found_inf, seed=seed, numbers=numbers,
         )  # fmt: skip
     device = parameters[0].device
-    tables = make_tables(parameters, exp_avgs, exp_avg_sqs, steps, groups)
+    tables = make_tables(parameters, exp_avgs, exp_avg_sqs, steps, groups, numbers=numbers)
     point_at(tables, gradients)
     clip_2 = clip_factor(tables, max_norm)
     if found_inf is None:
         found_inf = torch.zeros(1, device=device)
     option_GR = option_table(options, device).to(device, non_blocking=True)
-    update_(tables, option_GR, clip_2, found_inf)
+    update_(tables, option_GR, clip_2, found_inf, seed)
     return clip_2[0], *parameters, *exp_avgs, *exp_avg_sqs, *steps

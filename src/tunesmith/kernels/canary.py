@@ -9,9 +9,10 @@ remembered per card, versions and shapes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tunesmith.kernels.attention import (
     BACKENDS,
     Documents,
     Heads,
+    Scores,
     attention_backward,
     attention_forward,
 )
@@ -34,8 +36,48 @@ from tunesmith.kernels.measure import error, errors
 
 TOKENS = 193
 """Rows of every check: no multiple of any tile, and more than one tile of each kernel."""
-ATTENTION_TOLERANCE = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
-"""Attention rounds its probabilities and its output: 8 bits in bfloat16, 11 in float16."""
+ATTENTION_LENGTHS = ((65, 1, 127), (96, 96))
+"""Odd and equal documents, for backends differ in which they take."""
+ATTENTION_WINDOW = 40
+"""Longest window that is checked: one that hides nothing of such documents would not be."""
+ATTENTION_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+"""Attention rounds its probabilities and its output: 8 bits in bfloat16, 11 in float16, 22 in products of float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a family's layers ask of the kernels; the defaults are Llama's.
+
+    Attributes:
+        norm: kind of the norms around the blocks, `rms` or `layer`.
+        norm_bias: whether they have a bias.
+        norm_offset: added to their weights.
+        before: whether any stands before a block; behind likewise.
+        qk_norm: whether q and k are normed; qk_full: over all heads.
+        one_qkv: whether one matrix, with one adapter, holds q, k and v; one_gate_up likewise.
+        activation: row of `glu.ACTIVATIONS`.
+        gated: whether the MLP has a gate.
+        rotary_dim: columns of a head that rotate; None is all.
+        interleaved: whether neighbouring columns rotate together.
+        spread: whether every second column of the tables is read.
+        residual_multiplier: factor on what a block adds.
+    """
+
+    norm: str = "rms"
+    norm_bias: bool = False
+    norm_offset: float = 0.0
+    before: bool = True
+    behind: bool = False
+    qk_norm: bool = False
+    qk_full: bool = False
+    one_qkv: bool = False
+    one_gate_up: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    rotary_dim: int | None = None
+    interleaved: bool = False
+    spread: bool = False
+    residual_multiplier: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +86,13 @@ class ModelShape:
 
     Attributes:
         width: hidden size.
-        inner: intermediate size of the gated MLP.
+        inner: intermediate size of the MLP.
         heads: layout of the fused q, k, v buffer.
         rank: rank of the adapters, 0 without.
         vocabulary: rows of the head.
         nf4: whether weights are dequantised.
+        scores: each kind of scores that its layers make.
+        traits: what else its family asks of the kernels.
     """
 
     width: int
@@ -57,24 +101,107 @@ class ModelShape:
     rank: int
     vocabulary: int
     nf4: bool
+    scores: tuple[Scores, ...] = (Scores(),)
+    traits: Traits = Traits()
 
 
-_SIZES: dict[str, Callable[[ModelShape], Size | None]] = {
-    "rms_norm": lambda m: {"tokens": TOKENS, "width": m.width},
-    "rms_norm_backward": lambda m: {"tokens": TOKENS, "width": m.width, "add": True, "recompute": True},
-    "add_residual": lambda m: {"tokens": TOKENS, "columns": m.width, "rank": m.rank},
-    "rope_qkv_": lambda m: {
-        "tokens": TOKENS,
+def _attention_size(m: ModelShape) -> Size:
+    """The kind of scores with most to it; `_attention_findings` checks the others, and every backend."""
+    kind = max(m.scores, key=lambda scores: (scores.softcap is not None, scores.window is not None))
+    return {
+        "lengths": ATTENTION_LENGTHS[0],
         "heads": m.heads.query,
         "kv_heads": m.heads.key_value,
         "head_dim": m.heads.size,
+        "scale": kind.scale,
+        "window": kind.window and min(kind.window, ATTENTION_WINDOW),
+        "softcap": kind.softcap,
+    }
+
+
+def _norm_size(kind: str, **options: bool) -> Callable[[ModelShape], Size | None]:
+    """Of a kind of norm, where a layer has it around its blocks."""
+
+    def size(m: ModelShape) -> Size | None:
+        traits = m.traits
+        if traits.norm != kind or not (traits.before or traits.behind):
+            return None
+        size: Size = {
+            "tokens": TOKENS,
+            "width": m.width,
+            "offset": traits.norm_offset,
+            "bias": traits.norm_bias,
+        }
+        return {**size, **options}
+
+    return size
+
+
+def _behind_size(m: ModelShape) -> Size | None:
+    traits = m.traits
+    return {"tokens": TOKENS, "width": m.width, "offset": traits.norm_offset} if traits.behind else None
+
+
+def _residual_size(m: ModelShape) -> Size:
+    traits = m.traits
+    size: Size = {"tokens": TOKENS, "columns": m.width, "rank": m.rank, "scale": traits.residual_multiplier}
+    return {**size, "alone": traits.behind and m.rank > 0}
+
+
+def _qkv_size(*, normed: bool) -> Callable[[ModelShape], Size | None]:
+    """Of the pass over q, k and v, where theirs is the one with norms, or the one without."""
+
+    def size(m: ModelShape) -> Size | None:
+        traits = m.traits
+        if traits.qk_norm != normed:
+            return None
+        return {
+            "tokens": TOKENS,
+            "heads": m.heads.query,
+            "kv_heads": m.heads.key_value,
+            "head_dim": m.heads.size,
+            "rank": m.rank,
+            "rotary_dim": traits.rotary_dim,
+            "shared": traits.one_qkv,
+            "interleaved": traits.interleaved,
+            "spread": traits.spread,
+            "offset": traits.norm_offset,
+            "full": traits.qk_full,
+        }
+
+    return size
+
+
+def _mlp_size(m: ModelShape) -> Size:
+    traits = m.traits
+    return {
+        "tokens": TOKENS,
+        "inner": m.inner,
         "rank": m.rank,
-    },
-    "glu": lambda m: {"tokens": TOKENS, "inner": m.inner, "rank": m.rank},
-    "glu_backward_": lambda m: {"tokens": TOKENS, "inner": m.inner, "rank": m.rank, "down_rank": m.rank},
+        "down_rank": m.rank,
+        "activation": traits.activation,
+        "plain": not traits.gated,
+        "shared": traits.one_gate_up,
+    }
+
+
+_SIZES: dict[str, Callable[[ModelShape], Size | None]] = {
+    "rms_norm": _norm_size("rms"),
+    "rms_norm_backward": _norm_size("rms", add=True, recompute=True),
+    "add_normed": _behind_size,
+    "layer_norm": _norm_size("layer"),
+    "layer_norm_backward": _norm_size("layer", add=True, recompute=True),
+    "add_residual": _residual_size,
+    "rope_qkv_": _qkv_size(normed=False),
+    "qk_norm_rope": _qkv_size(normed=True),
+    "qk_norm_rope_backward_": _qkv_size(normed=True),
+    "glu": _mlp_size,
+    "glu_backward_": _mlp_size,
     "dequantize_nf4": lambda m: {"rows": TOKENS, "columns": m.width, "nested": True} if m.nf4 else None,
     "softmax_gradient_": lambda m: {"rows": 32, "vocabulary": m.vocabulary},
     "logprob_": lambda m: {"rows": 32, "vocabulary": m.vocabulary},
+    "packed_attention": _attention_size,
+    "packed_attention_backward": _attention_size,
     # adapters are float32 whatever the compute type is, hence both
     "adamw_": lambda m: {"tensors": 4, "elements": m.width * max(1, m.rank), "mixed": True, "max_norm": 1.0},
 }
@@ -133,28 +260,35 @@ def _attention_findings(shape: ModelShape, dtype: torch.dtype, device: torch.dev
     """Every backend that could be chosen against the reference in float64, on odd and on equal documents."""
     findings: dict[str, Finding] = {}
     heads = shape.heads
-    for lengths in ((65, 1, 127), (96, 96)):
+    for lengths, kind in itertools.product(ATTENTION_LENGTHS, shape.scores):
+        scores = kind if kind.window is None else replace(kind, window=min(kind.window, ATTENTION_WINDOW))
         documents = Documents(lengths, torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32))
         generator = torch.Generator(device).manual_seed(0)
         fused_TN = torch.randn(sum(lengths), heads.columns, device=device, generator=generator).to(dtype)
         grad = torch.randn(sum(lengths), heads.query * heads.size, device=device, generator=generator).to(
             dtype
         )
-        want = _attention("sdpa", fused_TN.double(), grad.double(), heads, documents)
+        want = _attention("sdpa", fused_TN.double(), grad.double(), heads, documents, scores)
         for name, row in BACKENDS.items():
-            if name == "sdpa" or not row.fits(fused_TN, heads, documents):
+            if name == "sdpa" or not row.fits(fused_TN, heads, documents, scores):
                 continue
-            worst = max(_guarded(partial(_attention_errors, name, fused_TN, grad, heads, documents, want)))
+            measure = partial(_attention_errors, name, fused_TN, grad, heads, documents, scores, want)
+            worst = max(_guarded(measure))
             if not worst <= ATTENTION_TOLERANCE[dtype]:
                 findings[name] = Finding(name, worst, ATTENTION_TOLERANCE[dtype])
     return list(findings.values())
 
 
 def _attention(
-    name: str, fused_TN: torch.Tensor, grad: torch.Tensor, heads: Heads, documents: Documents
+    name: str,
+    fused_TN: torch.Tensor,
+    grad: torch.Tensor,
+    heads: Heads,
+    documents: Documents,
+    scores: Scores,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    output, used, saved = attention_forward(fused_TN, heads, documents, backend=name)
-    return output, attention_backward(grad, fused_TN, output, saved, used, heads, documents)
+    output, used, saved = attention_forward(fused_TN, heads, documents, scores=scores, backend=name)
+    return output, attention_backward(grad, fused_TN, output, saved, used, heads, documents, scores=scores)
 
 
 def _attention_errors(
@@ -163,9 +297,10 @@ def _attention_errors(
     grad: torch.Tensor,
     heads: Heads,
     documents: Documents,
+    scores: Scores,
     want: tuple[torch.Tensor, torch.Tensor],
 ) -> list[float]:
-    ours = _attention(name, fused_TN, grad, heads, documents)
+    ours = _attention(name, fused_TN, grad, heads, documents, scores)
     return [error(*pair) for pair in zip(ours, want, strict=True)]
 
 
@@ -173,7 +308,7 @@ def _guarded(measure: Callable[[], list[float]]) -> list[float]:
     """The errors, or infinity where the kernel cannot be compiled or launched here."""
     try:
         return measure()
-    except (RuntimeError, ValueError, TypeError, ImportError):
+    except Exception:  # Triton's and cuDNN's own errors have no other base
         return [float("inf")]
 
 

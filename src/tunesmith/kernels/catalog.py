@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.kernels import attention_rows
 from tunesmith.kernels.adamw import adamw_, adamw_reference_
+from tunesmith.kernels.attention_triton import (
+    packed_attention,
+    packed_attention_backward,
+    packed_attention_backward_reference,
+    packed_attention_reference,
+)
 from tunesmith.kernels.cross_entropy import (
     logprob_,
     logprob_reference_,
@@ -25,15 +32,31 @@ from tunesmith.kernels.cross_entropy import (
 )
 from tunesmith.kernels.glu import glu, glu_backward_, glu_backward_reference_, glu_reference
 from tunesmith.kernels.launch import accumulation_dtype
+from tunesmith.kernels.layer_norm import (
+    layer_norm,
+    layer_norm_backward,
+    layer_norm_backward_reference,
+    layer_norm_reference,
+)
 from tunesmith.kernels.nf4 import NF4_CODE, dequantize_nf4, dequantize_nf4_reference
+from tunesmith.kernels.qk_norm import (
+    Adapter,
+    Norms,
+    qk_norm_rope,
+    qk_norm_rope_backward_,
+    qk_norm_rope_backward_reference_,
+    qk_norm_rope_reference,
+)
 from tunesmith.kernels.residual import add_residual, add_residual_reference
 from tunesmith.kernels.rms_norm import (
+    add_normed,
+    add_normed_reference,
     rms_norm,
     rms_norm_backward,
     rms_norm_backward_reference,
     rms_norm_reference,
 )
-from tunesmith.kernels.rope import rope_qkv_, rope_qkv_reference_
+from tunesmith.kernels.rope import RotaryLayout, rope_qkv_, rope_qkv_reference_
 
 Size = Mapping[str, Any]
 Inputs = dict[str, Any]
@@ -58,7 +81,7 @@ class KernelRow:
     """A row of the table.
 
     Attributes:
-        name: that of the public function and of the operator `tunesmith::name`.
+        name: that of the public function.
         op: the public function.
         reference: the same computation in plain torch, with the same signature.
         cases: (size, dtype, device) → arguments.
@@ -139,6 +162,50 @@ def _rms_norm_backward_cost(size: Size, itemsize: int) -> Cost:
     return Cost(passes * elements * itemsize, (8 + 2 * bool(size.get("weight_grad"))) * elements)
 
 
+def _add_normed_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
+    return _rms_norm_cases({**size, "residual": True}, dtype, device)
+
+
+def _add_normed_cost(size: Size, itemsize: int) -> Cost:
+    elements = size["tokens"] * size["width"]
+    return Cost(3 * elements * itemsize, 5 * elements)
+
+
+def _layer_norm_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
+    shape, pad = (size["tokens"], size["width"]), size.get("pad", 0)
+    return {
+        "hidden_TD": _normal(shape, dtype, device, pad) + size.get("mean", 0.0),
+        "weight_D": _normal(shape[1:], dtype, device),
+        "eps": 1e-5,
+        "bias_D": _normal(shape[1:], dtype, device) if size.get("bias") else None,
+    }
+
+
+def _layer_norm_cost(size: Size, itemsize: int) -> Cost:
+    elements = size["tokens"] * size["width"]
+    return Cost(2 * elements * itemsize, 7 * elements)
+
+
+def _layer_norm_backward_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
+    inputs = _layer_norm_cases(size, dtype, device)
+    shape, eps = inputs["hidden_TD"].shape, inputs.pop("eps")
+    stats_2T = layer_norm_reference(inputs["hidden_TD"], inputs["weight_D"], eps)[1]
+    return {
+        **inputs,
+        "grad_TD": _normal(shape, dtype, device, size.get("pad", 0)),
+        "stats_2T": stats_2T,
+        "add_TD": _normal(shape, dtype, device) if size.get("add") else None,
+        "weight_grad": size.get("weight_grad", False),
+        "recompute": size.get("recompute", False),
+    }
+
+
+def _layer_norm_backward_cost(size: Size, itemsize: int) -> Cost:
+    elements = size["tokens"] * size["width"]
+    passes = 3 + bool(size.get("add")) + bool(size.get("recompute"))
+    return Cost(passes * elements * itemsize, (10 + 3 * bool(size.get("weight_grad"))) * elements)
+
+
 # ---------------------------------------------------------------------- residual stream
 
 
@@ -146,7 +213,8 @@ def _residual_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inp
     tokens, columns, rank, pad = size["tokens"], size["columns"], size.get("rank", 0), size.get("pad", 0)
     return {
         "y_TN": _normal((tokens, columns), accumulation_dtype(dtype), device, pad),
-        "residual_TN": _normal((tokens, columns), dtype, device),
+        "residual_TN": None if size.get("alone") else _normal((tokens, columns), dtype, device),
+        "scale": size.get("scale", 1.0),
         "u_TR": _normal((tokens, rank), dtype, device, pad) if rank else None,
         "b_NR": _normal((columns, rank), dtype, device) if rank else None,
     }
@@ -154,7 +222,7 @@ def _residual_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inp
 
 def _residual_cost(size: Size, itemsize: int) -> Cost:
     tokens, columns, rank = size["tokens"], size["columns"], size.get("rank", 0)
-    moved = 2 * tokens * columns + rank * (tokens + columns)
+    moved = (1 if size.get("alone") else 2) * tokens * columns + rank * (tokens + columns)
     return Cost(moved * itemsize + 4 * tokens * columns, 2 * (rank + 1) * tokens * columns)
 
 
@@ -165,22 +233,41 @@ def _rope_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
     tokens, heads, kv_heads, head_dim = (size[key] for key in ("tokens", "heads", "kv_heads", "head_dim"))
     rotary_dim, rank = size.get("rotary_dim"), size.get("rank", 0)
     columns = (heads + 2 * kv_heads) * head_dim
-    angle_TK = torch.rand((tokens, (rotary_dim or head_dim) // 2), device=device) * 6.28
-    cos_TK, sin_TK = (torch.cat([half, half], -1).to(dtype) for half in (angle_TK.cos(), angle_TK.sin()))
+    cos_TK, sin_TK = _angles(size, dtype, device)
     return {
         "qkv_TN": _normal((tokens, columns), dtype, device, size.get("pad", 0)),
         "cos_TK": cos_TK,
         "sin_TK": sin_TK,
+        "interleaved": size.get("interleaved", False),
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "rotary_dim": rotary_dim,
         "inverse": size.get("inverse", False),
-        "xa_TR": _normal((tokens, 3 * rank), dtype, device, size.get("pad", 0)) if rank else None,
+        "xa_TR": _shared(size, 3, dtype, device),
         "b_NR": _normal((columns, rank), dtype, device) if rank else None,
         "rank": rank,
         "scale": 0.5,
     }
+
+
+def _angles(size: Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every pair, twice over as transformers has them: side by side, or one after the other
+    and then every second one with `spread`."""
+    half = (size.get("rotary_dim") or size["head_dim"]) // 2
+    angle_TK = torch.rand((size["tokens"], half), device=device) * 6.28
+    if size.get("spread"):
+        twice = angle_TK.repeat_interleave(2, -1)
+        return twice.cos().to(dtype)[:, ::2], twice.sin().to(dtype)[:, ::2]
+    twice = torch.cat([angle_TK, angle_TK], -1)
+    return twice.cos().to(dtype), twice.sin().to(dtype)
+
+
+def _shared(size: Size, projections: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """x·Aᵀ of so many projections, of one for all with `shared`, or None without an adapter."""
+    rank = size.get("rank", 0)
+    ranks = rank if size.get("shared") else projections * rank
+    return _normal((size["tokens"], ranks), dtype, device, size.get("pad", 0)) if rank else None
 
 
 def _rope_cost(size: Size, itemsize: int) -> Cost:
@@ -192,17 +279,70 @@ def _rope_cost(size: Size, itemsize: int) -> Cost:
     return Cost(elements * itemsize, 3 * tokens * rotated + 2 * rank * tokens * columns)
 
 
+def _qk_norm_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
+    heads, kv_heads, head_dim = (size[key] for key in ("heads", "kv_heads", "head_dim"))
+    rotary_dim, rank, full = size.get("rotary_dim"), size.get("rank", 0), size.get("full", False)
+    layout = RotaryLayout(heads, kv_heads, head_dim, rotary_dim, size.get("interleaved", False))
+    columns = sum(layout.sizes)
+    q_weight_K, k_weight_K = (
+        _normal((count * head_dim if full else head_dim,), dtype, device) for count in (heads, kv_heads)
+    )
+    xa_TR, adapter = _shared(size, 3, dtype, device), None
+    if xa_TR is not None:
+        adapter = Adapter(xa_TR, _normal((columns, rank), dtype, device), rank, 0.5)
+    cos_TK, sin_TK = _angles(size, dtype, device)
+    return {
+        "qkv_TN": _normal((size["tokens"], columns), dtype, device, size.get("pad", 0)),
+        "cos_TK": cos_TK,
+        "sin_TK": sin_TK,
+        "layout": layout,
+        "norms": Norms(q_weight_K, k_weight_K, 1e-6, size.get("offset", 0.0), full),
+        "adapter": adapter,
+    }
+
+
+def _qk_norm_cost(size: Size, itemsize: int) -> Cost:
+    tokens, rank, columns = size["tokens"], size.get("rank", 0), _qkv_columns(size)
+    table = tokens * (size.get("rotary_dim") or size["head_dim"])
+    elements = 2 * tokens * columns + table + rank * (3 * tokens + columns)
+    return Cost(elements * itemsize, (7 + 2 * rank) * tokens * columns)
+
+
+def _qk_norm_backward_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
+    shape = (size["tokens"], _qkv_columns(size))
+    return {
+        **_qk_norm_cases(size, dtype, device),
+        "grad_TN": _normal(shape, dtype, device, size.get("pad", 0)),
+        "weight_grad": size.get("weight_grad", False),
+    }
+
+
+def _qk_norm_backward_cost(size: Size, itemsize: int) -> Cost:
+    tokens, rank, columns = size["tokens"], size.get("rank", 0), _qkv_columns(size)
+    rotated = columns - size["kv_heads"] * size["head_dim"]
+    table = tokens * (size.get("rotary_dim") or size["head_dim"])
+    elements = 3 * tokens * rotated + table + rank * (2 * tokens + rotated)
+    operations = 14 + 2 * rank + 2 * bool(size.get("weight_grad"))
+    return Cost(elements * itemsize, operations * tokens * rotated)
+
+
+def _qkv_columns(size: Size) -> int:
+    columns: int = (size["heads"] + 2 * size["kv_heads"]) * size["head_dim"]
+    return columns
+
+
 # ---------------------------------------------------------------------- gated linear unit
 
 
 def _glu_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
-    tokens, inner, rank = size["tokens"], size["inner"], size.get("rank", 0)
-    pad = size.get("pad", 0)
+    tokens, rank, gated = size["tokens"], size.get("rank", 0), not size.get("plain", False)
+    columns = (1 + gated) * size["inner"]
     return {
-        "gate_up_TN": _normal((tokens, 2 * inner), dtype, device, pad),
+        "gate_up_TN": _normal((tokens, columns), dtype, device, size.get("pad", 0)),
         "activation": size.get("activation", "silu"),
-        "xa_TR": _normal((tokens, 2 * rank), dtype, device, pad) if rank else None,
-        "b_NR": _normal((2 * inner, rank), dtype, device) if rank else None,
+        "gated": gated,
+        "xa_TR": _shared(size, 1 + gated, dtype, device),
+        "b_NR": _normal((columns, rank), dtype, device) if rank else None,
         "rank": rank,
         "scale": 0.5,
     }
@@ -210,7 +350,8 @@ def _glu_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
 
 def _glu_cost(size: Size, itemsize: int) -> Cost:
     tokens, inner, rank = size["tokens"], size["inner"], size.get("rank", 0)
-    elements = 3 * tokens * inner + 2 * rank * (tokens + inner)
+    parts = 1 if size.get("plain") else 2
+    elements = (1 + parts) * tokens * inner + parts * rank * (tokens + inner)
     return Cost(elements * itemsize, tokens * inner * (4 + 4 * rank))
 
 
@@ -226,7 +367,10 @@ def _glu_backward_cases(size: Size, dtype: torch.dtype, device: torch.device) ->
 
 def _glu_backward_cost(size: Size, itemsize: int) -> Cost:
     tokens, inner, rank, down = size["tokens"], size["inner"], size.get("rank", 0), size.get("down_rank", 0)
-    elements = 6 * tokens * inner + 2 * rank * (2 * tokens + inner) + down * (tokens + inner)
+    parts = 1 if size.get("plain") else 2
+    elements = (
+        (2 + 2 * parts) * tokens * inner + parts * rank * (2 * tokens + inner) + down * (tokens + inner)
+    )
     return Cost(elements * itemsize, tokens * inner * (11 + 8 * rank + 2 * down))
 
 
@@ -330,6 +474,25 @@ _LOGITS_LARGE: tuple[Size, ...] = (
 _ROPE_8B: Size = {"tokens": 8192, "heads": 32, "kv_heads": 8, "head_dim": 128}
 _ROPE_SMALL: Size = {"tokens": 8192, "heads": 9, "kv_heads": 3, "head_dim": 64}
 
+_ROPE_ODD: Size = {"tokens": 37, "heads": 4, "kv_heads": 1, "head_dim": 20, "pad": 3}
+_QK_NORM_SMALL: tuple[Size, ...] = (
+    {"tokens": 5, "heads": 3, "kv_heads": 1, "head_dim": 16},
+    {**_ROPE_ODD, "rank": 5, "offset": 1.0},
+    {**_ROPE_ODD, "rotary_dim": 12, "rank": 16, "shared": True},
+    {**_ROPE_ODD, "full": True, "rank": 3},
+    {**_ROPE_ODD, "full": True, "rotary_dim": 12},
+    {**_ROPE_ODD, "interleaved": True, "spread": True},
+    {"tokens": 33, "heads": 5, "kv_heads": 5, "head_dim": 64, "rank": 150},
+    {"tokens": 17, "heads": 2, "kv_heads": 1, "head_dim": 256},
+)
+_QK_NORM_LARGE: tuple[Size, ...] = (
+    {**_ROPE_8B, "rank": 16},
+    _ROPE_8B,
+    {**_ROPE_8B, "rank": 64},
+    {"tokens": 8192, "heads": 16, "kv_heads": 8, "head_dim": 256, "offset": 1.0, "rank": 16},
+    {"tokens": 8192, "heads": 40, "kv_heads": 8, "head_dim": 128, "full": True, "rank": 16},
+)
+
 CATALOG: dict[str, KernelRow] = {
     row.name: row
     for row in (
@@ -379,6 +542,62 @@ CATALOG: dict[str, KernelRow] = {
             cost=_rms_norm_backward_cost,
         ),
         KernelRow(
+            name="add_normed",
+            op=add_normed,
+            reference=add_normed_reference,
+            cases=_add_normed_cases,
+            small=(
+                {"tokens": 5, "width": 48},
+                {"tokens": 37, "width": 576, "pad": 5, "offset": 1.0},
+                {"tokens": 3, "width": 1500, "pad": 16},
+                {"tokens": 2, "width": 1},
+            ),
+            large=(
+                {"tokens": 8192, "width": 3584, "offset": 1.0},
+                {"tokens": 8192, "width": 4096},
+            ),
+            tolerances=ROUNDED,
+            cost=_add_normed_cost,
+        ),
+        KernelRow(
+            name="layer_norm",
+            op=layer_norm,
+            reference=layer_norm_reference,
+            cases=_layer_norm_cases,
+            small=(
+                {"tokens": 5, "width": 48},
+                {"tokens": 1, "width": 7, "bias": True},
+                {"tokens": 37, "width": 576, "bias": True, "mean": 3.0},
+                {"tokens": 3, "width": 1500, "pad": 16},
+            ),
+            large=(
+                {"tokens": 8192, "width": 4096},
+                {"tokens": 8192, "width": 3072, "bias": True},
+            ),
+            tolerances=ROUNDED,
+            cost=_layer_norm_cost,
+        ),
+        KernelRow(
+            name="layer_norm_backward",
+            op=layer_norm_backward,
+            reference=layer_norm_backward_reference,
+            cases=_layer_norm_backward_cases,
+            small=(
+                {"tokens": 5, "width": 48},
+                {"tokens": 1, "width": 7, "bias": True, "add": True, "weight_grad": True},
+                {"tokens": 37, "width": 576, "bias": True, "add": True, "recompute": True, "mean": 3.0},
+                {"tokens": 67, "width": 96, "weight_grad": True, "recompute": True},
+                {"tokens": 9, "width": 1500, "add": True, "weight_grad": True, "pad": 16},
+            ),
+            large=(
+                {"tokens": 8192, "width": 4096, "add": True},
+                {"tokens": 8192, "width": 3072, "bias": True, "add": True, "recompute": True},
+                {"tokens": 8192, "width": 3072, "bias": True, "add": True, "weight_grad": True},
+            ),
+            tolerances=ROUNDED,
+            cost=_layer_norm_backward_cost,
+        ),
+        KernelRow(
             name="add_residual",
             op=add_residual,
             reference=add_residual_reference,
@@ -388,11 +607,16 @@ CATALOG: dict[str, KernelRow] = {
                 {"tokens": 1, "columns": 7, "rank": 8},
                 {"tokens": 67, "columns": 100, "rank": 16, "pad": 8},
                 {"tokens": 33, "columns": 72, "rank": 80},
+                {"tokens": 33, "columns": 72, "rank": 3, "scale": 0.22},
+                {"tokens": 5, "columns": 48, "scale": 0.22, "pad": 3},
+                {"tokens": 5, "columns": 48, "rank": 16, "alone": True},
             ),
             large=(
                 {"tokens": 8192, "columns": 4096, "rank": 16},
                 {"tokens": 8192, "columns": 4096, "rank": 64},
                 {"tokens": 8192, "columns": 576, "rank": 16},
+                {"tokens": 8192, "columns": 4096, "rank": 16, "scale": 0.22},
+                {"tokens": 8192, "columns": 3584, "rank": 16, "alone": True},
             ),
             tolerances=ROUNDED_TWICE,
             cost=_residual_cost,
@@ -418,6 +642,9 @@ CATALOG: dict[str, KernelRow] = {
                 {"tokens": 3, "heads": 2, "kv_heads": 2, "head_dim": 32, "rank": 16},
                 {"tokens": 2, "heads": 1, "kv_heads": 1, "head_dim": 80, "rank": 1},
                 {"tokens": 4, "heads": 2, "kv_heads": 1, "head_dim": 16, "rank": 150},
+                {**_ROPE_ODD, "interleaved": True, "rank": 5},
+                {**_ROPE_ODD, "interleaved": True, "spread": True, "inverse": True},
+                {**_ROPE_ODD, "rotary_dim": 12, "rank": 16, "shared": True},
             ),
             large=(
                 _ROPE_8B,
@@ -427,10 +654,44 @@ CATALOG: dict[str, KernelRow] = {
                 {**_ROPE_8B, "inverse": True},
                 {**_ROPE_SMALL, "rank": 16},
                 {**_ROPE_8B, "head_dim": 256, "rotary_dim": 64, "rank": 16},
+                {**_ROPE_8B, "interleaved": True, "rotary_dim": 64, "rank": 16},
+                {**_ROPE_8B, "interleaved": True, "spread": True, "inverse": True},
+                {**_ROPE_8B, "rotary_dim": 96, "rank": 16, "shared": True},
             ),
             tolerances=ROUNDED,
             cost=_rope_cost,
             mutates=("qkv_TN",),
+        ),
+        KernelRow(
+            name="qk_norm_rope",
+            op=qk_norm_rope,
+            reference=qk_norm_rope_reference,
+            cases=_qk_norm_cases,
+            small=_QK_NORM_SMALL,
+            large=_QK_NORM_LARGE,
+            tolerances=ROUNDED,
+            cost=_qk_norm_cost,
+        ),
+        KernelRow(
+            name="qk_norm_rope_backward_",
+            op=qk_norm_rope_backward_,
+            reference=qk_norm_rope_backward_reference_,
+            cases=_qk_norm_backward_cases,
+            small=(
+                *_QK_NORM_SMALL,
+                {"tokens": 67, "heads": 5, "kv_heads": 1, "head_dim": 16, "weight_grad": True},
+                {**_ROPE_ODD, "rank": 5, "offset": 1.0, "rotary_dim": 12, "weight_grad": True},
+                {**_ROPE_ODD, "full": True, "rotary_dim": 12, "weight_grad": True},
+                {**_ROPE_ODD, "full": True, "interleaved": True, "weight_grad": True},
+            ),
+            large=(
+                *_QK_NORM_LARGE,
+                {**_ROPE_8B, "weight_grad": True},
+                {**_ROPE_8B, "full": True, "weight_grad": True},
+            ),
+            tolerances=ROUNDED,
+            cost=_qk_norm_backward_cost,
+            mutates=("grad_TN",),
         ),
         KernelRow(
             name="glu",
@@ -445,6 +706,10 @@ CATALOG: dict[str, KernelRow] = {
                 {"tokens": 3, "inner": 200, "rank": 16, "activation": "gelu_tanh", "pad": 8},
                 {"tokens": 1, "inner": 30, "rank": 150, "activation": "gelu"},
                 {"tokens": 2, "inner": 1, "rank": 1},
+                {"tokens": 5, "inner": 150, "plain": True, "activation": "gelu_tanh"},
+                {"tokens": 37, "inner": 150, "plain": True, "activation": "gelu", "rank": 5},
+                {"tokens": 37, "inner": 150, "shared": True, "rank": 5},
+                {"tokens": 3, "inner": 30, "plain": True, "rank": 150},
             ),
             large=(
                 {"tokens": 8192, "inner": 14336},
@@ -453,6 +718,8 @@ CATALOG: dict[str, KernelRow] = {
                 {"tokens": 2048, "inner": 14336, "rank": 256},
                 {"tokens": 8192, "inner": 1536, "rank": 16},
                 {"tokens": 8192, "inner": 14336, "activation": "gelu_tanh", "rank": 16},
+                {"tokens": 8192, "inner": 17920, "shared": True, "rank": 16},
+                {"tokens": 8192, "inner": 12288, "plain": True, "activation": "gelu_tanh", "rank": 16},
             ),
             tolerances=ROUNDED,
             cost=_glu_cost,
@@ -472,6 +739,12 @@ CATALOG: dict[str, KernelRow] = {
                 {"tokens": 1, "inner": 30, "rank": 150, "down_rank": 1, "activation": "gelu"},
                 {"tokens": 300, "inner": 64, "rank": 64, "down_rank": 64},
                 {"tokens": 2, "inner": 1, "rank": 1, "down_rank": 1},
+                {"tokens": 5, "inner": 150, "plain": True, "activation": "gelu_tanh"},
+                {"tokens": 37, "inner": 150, "plain": True, "activation": "gelu", "rank": 5, "down_rank": 3},
+                {"tokens": 37, "inner": 150, "shared": True, "rank": 5},
+                {"tokens": 300, "inner": 64, "shared": True, "rank": 16, "down_rank": 16},
+                {"tokens": 3, "inner": 30, "plain": True, "rank": 150},
+                {"tokens": 3, "inner": 30, "shared": True, "rank": 150},
             ),
             large=(
                 {"tokens": 8192, "inner": 14336},
@@ -481,6 +754,15 @@ CATALOG: dict[str, KernelRow] = {
                 {"tokens": 512, "inner": 14336, "rank": 16, "down_rank": 16},
                 {"tokens": 8192, "inner": 1536, "rank": 16, "down_rank": 16},
                 {"tokens": 8192, "inner": 14336, "activation": "gelu_tanh", "rank": 16, "down_rank": 16},
+                {"tokens": 8192, "inner": 17920, "shared": True, "rank": 16, "down_rank": 16},
+                {
+                    "tokens": 8192,
+                    "inner": 12288,
+                    "plain": True,
+                    "activation": "gelu_tanh",
+                    "rank": 16,
+                    "down_rank": 16,
+                },
             ),
             tolerances=ROUNDED_TWICE,
             cost=_glu_backward_cost,
@@ -550,6 +832,26 @@ CATALOG: dict[str, KernelRow] = {
             ),
             tolerances=ROUNDED,
             cost=_adamw_cost,
+        ),
+        KernelRow(
+            name="packed_attention",
+            op=packed_attention,
+            reference=packed_attention_reference,
+            cases=attention_rows.attention_cases,
+            small=attention_rows.SMALL,
+            large=attention_rows.LARGE,
+            tolerances=attention_rows.TOLERANCES,
+            cost=lambda size, itemsize: Cost(*attention_rows.attention_work(size, itemsize)),
+        ),
+        KernelRow(
+            name="packed_attention_backward",
+            op=packed_attention_backward,
+            reference=packed_attention_backward_reference,
+            cases=attention_rows.attention_backward_cases,
+            small=attention_rows.SMALL,
+            large=attention_rows.LARGE,
+            tolerances=attention_rows.TOLERANCES,
+            cost=lambda size, itemsize: Cost(*attention_rows.attention_backward_work(size, itemsize)),
         ),
     )
 }

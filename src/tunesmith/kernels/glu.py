@@ -1,7 +1,8 @@
-"""Gated linear unit on the fused buffer `[gate | up]`, forward and backward, LoRA products included.
+"""Gated linear unit on the fused buffer `[gate | up]`, forward and backward, LoRA products included; and the plain
+activation of a buffer without gate.
 
     g = gate + scale · xa_g · B_gᵀ,  u = up + scale · xa_u · B_uᵀ        in float32, where there are adapters
-    act = f(g) · u
+    act = f(g) · u                                                       f(g) where the buffer has no gate
 
 The base GEMM writes `[gate | up]` once, and the pass that the activation needs anyway adds the adapters: an
 `addmm_` on that buffer costs as much as the whole pass (514 µs at 8,192 × 28,672 on one H100). Backward works in
@@ -94,8 +95,8 @@ def _activate(x, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
 @jit(do_not_specialize=["tokens", "scale", "tiles", "splits"])
 def _forward_kernel(  # type: ignore[no-untyped-def]
     gate_up, out, xa, b, tokens, inner, tiles, splits, gate_up_row, out_row, xa_row, b_row, scale,
-    ACT: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    STAGES: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, XA_STEP: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # A program walks `tiles` blocks of columns of its tokens
     row = (tl.program_id(0) // splits) * ROWS + tl.arange(0, ROWS)
@@ -106,7 +107,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         rank = tl.arange(0, RANK_BLOCK)[None, :]
         rank_live = row_live[:, None] & (rank < RANK)
         xa_g = tl.load(xa + xa_at[:, None] + rank, mask=rank_live, other=0.0)
-        xa_u = tl.load(xa + xa_at[:, None] + RANK + rank, mask=rank_live, other=0.0)
+        if GATED:
+            xa_u = tl.load(xa + xa_at[:, None] + XA_STEP + rank, mask=rank_live, other=0.0)
     first = (tl.program_id(0) % splits) * tiles
     for nth in tl.range(0, tl.minimum(tiles, tl.cdiv(inner, COLS) - first), num_stages=STAGES):
         col = (first + nth) * COLS + tl.arange(0, COLS)
@@ -114,27 +116,33 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         live = row_live[:, None] & col_live[None, :]
         gate_at = gate_up + at[:, None] * gate_up_row + col[None, :]
         g = tl.load(gate_at, mask=live, other=0.0).to(tl.float32)
-        u = tl.load(gate_at + inner, mask=live, other=0.0).to(tl.float32)
+        if GATED:
+            u = tl.load(gate_at + inner, mask=live, other=0.0).to(tl.float32)
         b_at, up_at = col.to(tl.int64) * b_row, (inner + col).to(tl.int64) * b_row
         if RANK > 0 and RANK <= RANK_BLOCK:
             b_live = col_live[:, None] & (rank < RANK)
             b_g = tl.load(b + b_at[:, None] + rank, mask=b_live, other=0.0)
-            b_u = tl.load(b + up_at[:, None] + rank, mask=b_live, other=0.0)
+            if GATED:
+                b_u = tl.load(b + up_at[:, None] + rank, mask=b_live, other=0.0)
             g += scale * dot(xa_g, tl.trans(b_g), tl.zeros((ROWS, COLS), tl.float32))
-            u += scale * dot(xa_u, tl.trans(b_u), tl.zeros((ROWS, COLS), tl.float32))
+            if GATED:
+                u += scale * dot(xa_u, tl.trans(b_u), tl.zeros((ROWS, COLS), tl.float32))
         elif RANK > 0:
             g += scale * rank_product(xa, b, xa_at, b_at, 1, row_live, col_live, RANK, RANK_BLOCK, ROWS, COLS)
-            u += scale * rank_product(
-                xa, b, xa_at + RANK, up_at, 1, row_live, col_live, RANK, RANK_BLOCK, ROWS, COLS
-            )
+            if GATED:
+                u += scale * rank_product(
+                    xa, b, xa_at + XA_STEP, up_at, 1, row_live, col_live, RANK, RANK_BLOCK, ROWS, COLS
+                )
         value, _ = _activate(g, ACT)
-        tl.store(out + at[:, None] * out_row + col[None, :], (value * u).to(out.dtype.element_ty), mask=live)
+        if GATED:
+            value *= u
+        tl.store(out + at[:, None] * out_row + col[None, :], value.to(out.dtype.element_ty), mask=live)
 
 
 @jit(do_not_specialize=["tokens"])
 def _backward_kernel(  # type: ignore[no-untyped-def]
     gate_up, grad_act, tokens, inner, gate_up_row, grad_row,
-    ACT: tl.constexpr, RECOMPUTE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, RECOMPUTE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     col_blocks = tl.cdiv(inner, COLS)
     row = (tl.program_id(0) // col_blocks) * ROWS + tl.arange(0, ROWS)
@@ -143,24 +151,27 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     gate_at = gate_up + row.to(tl.int64)[:, None] * gate_up_row + col
     grad_at = grad_act + row.to(tl.int64)[:, None] * grad_row + col
     g = tl.load(gate_at, mask=live, other=0.0).to(tl.float32)
-    u = tl.load(gate_at + inner, mask=live, other=0.0).to(tl.float32)
     d = tl.load(grad_at, mask=live, other=0.0).to(tl.float32)
     value, slope = _activate(g, ACT)
-    tl.store(gate_at, (d * u * slope).to(gate_up.dtype.element_ty), mask=live)
-    tl.store(gate_at + inner, (d * value).to(gate_up.dtype.element_ty), mask=live)
+    if GATED:
+        u = tl.load(gate_at + inner, mask=live, other=0.0).to(tl.float32)
+        tl.store(gate_at + inner, (d * value).to(gate_up.dtype.element_ty), mask=live)
+        d *= u
+        value *= u
+    tl.store(gate_at, (d * slope).to(gate_up.dtype.element_ty), mask=live)
     if RECOMPUTE:
-        tl.store(grad_at, (value * u).to(grad_act.dtype.element_ty), mask=live)
+        tl.store(grad_at, value.to(grad_act.dtype.element_ty), mask=live)
 
 
 @jit(do_not_specialize=["tokens", "scale", "tiles"])
 def _adapter_backward_kernel(  # type: ignore[no-untyped-def]
     gate_up, grad_act, xa, b, down_dxa, down_a, grad_xa,
     tokens, inner, tiles, gate_up_row, grad_row, xa_row, b_row, down_dxa_row, down_a_row, scale,
-    ACT: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, XA_STEP: tl.constexpr,
     DOWN_RANK: tl.constexpr, DOWN_BLOCK: tl.constexpr, REDUCE: tl.constexpr, RECOMPUTE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # A program walks `tiles` blocks of columns of its tokens; grad_xa is [S, T, 2 · RANK], S = tl.num_programs(1)
+    # A program walks `tiles` blocks of columns of its tokens; grad_xa is [S, T, XA_STEP + RANK]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_live = row < tokens
     at = row.to(tl.int64)
@@ -171,7 +182,8 @@ def _adapter_backward_kernel(  # type: ignore[no-untyped-def]
     grad_xa_u = tl.zeros((ROWS, RANK_BLOCK), tl.float32)
     if REDUCE:
         xa_g = tl.load(xa + xa_at[:, None] + rank, mask=rank_live, other=0.0)
-        xa_u = tl.load(xa + xa_at[:, None] + RANK + rank, mask=rank_live, other=0.0)
+        if GATED:
+            xa_u = tl.load(xa + xa_at[:, None] + XA_STEP + rank, mask=rank_live, other=0.0)
     if DOWN_RANK > 0 and DOWN_RANK <= DOWN_BLOCK:
         down_rank = tl.arange(0, DOWN_BLOCK)[:, None]
         u_rank = tl.arange(0, DOWN_BLOCK)[None, :]
@@ -187,7 +199,8 @@ def _adapter_backward_kernel(  # type: ignore[no-untyped-def]
         gate_at = gate_up + at[:, None] * gate_up_row + col[None, :]
         grad_at = grad_act + at[:, None] * grad_row + col[None, :]
         g = tl.load(gate_at, mask=live, other=0.0).to(tl.float32)
-        u = tl.load(gate_at + inner, mask=live, other=0.0).to(tl.float32)
+        if GATED:
+            u = tl.load(gate_at + inner, mask=live, other=0.0).to(tl.float32)
         d = tl.load(grad_at, mask=live, other=0.0).to(tl.float32)
         b_at = col.to(tl.int64) * b_row
         up_at = (inner + col).to(tl.int64) * b_row
@@ -195,14 +208,17 @@ def _adapter_backward_kernel(  # type: ignore[no-untyped-def]
             # B is read once for both of its products
             b_live = col_live[:, None] & (rank < RANK)
             b_g = tl.load(b + b_at[:, None] + rank, mask=b_live, other=0.0)
-            b_u = tl.load(b + up_at[:, None] + rank, mask=b_live, other=0.0)
+            if GATED:
+                b_u = tl.load(b + up_at[:, None] + rank, mask=b_live, other=0.0)
             g += scale * dot(xa_g, tl.trans(b_g), tl.zeros((ROWS, COLS), tl.float32))
-            u += scale * dot(xa_u, tl.trans(b_u), tl.zeros((ROWS, COLS), tl.float32))
+            if GATED:
+                u += scale * dot(xa_u, tl.trans(b_u), tl.zeros((ROWS, COLS), tl.float32))
         elif RANK > 0:
             g += scale * rank_product(xa, b, xa_at, b_at, 1, row_live, col_live, RANK, RANK_BLOCK, ROWS, COLS)
-            u += scale * rank_product(
-                xa, b, xa_at + RANK, up_at, 1, row_live, col_live, RANK, RANK_BLOCK, ROWS, COLS
-            )
+            if GATED:
+                u += scale * rank_product(
+                    xa, b, xa_at + XA_STEP, up_at, 1, row_live, col_live, RANK, RANK_BLOCK, ROWS, COLS
+                )
         if DOWN_RANK > 0 and DOWN_RANK <= DOWN_BLOCK:
             a_live = (down_rank < DOWN_RANK) & col_live[None, :]
             d = dot(
@@ -214,23 +230,31 @@ def _adapter_backward_kernel(  # type: ignore[no-untyped-def]
                 DOWN_RANK, DOWN_BLOCK, ROWS, COLS,
             )  # fmt: skip
         value, slope = _activate(g, ACT)
-        d_gate = (d * u * slope).to(gate_up.dtype.element_ty)
-        d_up = (d * value).to(gate_up.dtype.element_ty)
+        if GATED:
+            d_up = (d * value).to(gate_up.dtype.element_ty)
+            d *= u
+            value *= u
+        d_gate = (d * slope).to(gate_up.dtype.element_ty)
         # `act` does not depend on `d`, nor `d_up` on `u`: with loads and stores laid out differently a thread could
         # overwrite what its neighbour has yet to read
         if STAGES == 1:
             tl.debug_barrier()
         tl.store(gate_at, d_gate, mask=live)
-        tl.store(gate_at + inner, d_up, mask=live)
+        if GATED:
+            tl.store(gate_at + inner, d_up, mask=live)
         if RECOMPUTE:
-            tl.store(grad_at, (value * u).to(grad_act.dtype.element_ty), mask=live)
+            tl.store(grad_at, value.to(grad_act.dtype.element_ty), mask=live)
         if REDUCE:
             grad_xa_g = dot(d_gate, b_g, grad_xa_g)
-            grad_xa_u = dot(d_up, b_u, grad_xa_u)
+            if GATED and XA_STEP > 0:
+                grad_xa_u = dot(d_up, b_u, grad_xa_u)
+            elif GATED:
+                grad_xa_g = dot(d_up, b_u, grad_xa_g)
     if REDUCE:
-        sum_at = grad_xa + (tl.program_id(1).to(tl.int64) * tokens + at)[:, None] * (2 * RANK) + rank
+        sum_at = grad_xa + (tl.program_id(1).to(tl.int64) * tokens + at)[:, None] * (XA_STEP + RANK) + rank
         tl.store(sum_at, (scale * grad_xa_g).to(grad_xa.dtype.element_ty), mask=rank_live)
-        tl.store(sum_at + RANK, (scale * grad_xa_u).to(grad_xa.dtype.element_ty), mask=rank_live)
+        if XA_STEP > 0:
+            tl.store(sum_at + XA_STEP, (scale * grad_xa_u).to(grad_xa.dtype.element_ty), mask=rank_live)
 
 
 @jit(do_not_specialize=["count", "splits"])
@@ -248,12 +272,17 @@ def _sum_splits_kernel(partial, out, count, splits, BLOCK: tl.constexpr):  # typ
 
 
 class _Adapter(NamedTuple):
-    """x·Aᵀ of gate and up side by side, B with a row for each column, the rank of each, and the factor."""
+    """x·Aᵀ of gate and up side by side or one for both, B with a row for each column, the rank, and the factor."""
 
     xa_TR: Tensor
     b_NR: Tensor
     rank: int
     scale: float
+
+    @property
+    def step(self) -> int:
+        """Columns from the gate's x·Aᵀ to that of up: none where they share it, or where there is no gate."""
+        return self.rank if self.rank and self.xa_TR.shape[1] > self.rank else 0
 
 
 def _adapter(xa_TR: Tensor | None, b_NR: Tensor | None, rank: int, scale: float) -> _Adapter | None:
@@ -269,9 +298,12 @@ def _tile(inner: int) -> tuple[int, int]:
     return TILE // cols, cols
 
 
-def _forward(gate_up_TN: Tensor, activation: str, adapter: _Adapter | None, out_TI: Tensor) -> None:
+def _forward(
+    gate_up_TN: Tensor, activation: str, gated: bool, adapter: _Adapter | None, out_TI: Tensor
+) -> None:
     tokens, inner = out_TI.shape
-    xa, b, rank, scale = adapter or _Adapter(gate_up_TN, gate_up_TN, 0, 1.0)
+    used = adapter or _Adapter(gate_up_TN, gate_up_TN, 0, 1.0)
+    xa, b, rank, scale = used
     if adapter is None:
         rows, cols = _tile(inner)
         splits, tiles, stages, warps = -(-inner // cols), 1, 1, 4
@@ -284,18 +316,18 @@ def _forward(gate_up_TN: Tensor, activation: str, adapter: _Adapter | None, out_
     launch(
         _forward_kernel, (-(-tokens // rows) * splits,), gate_up_TN, out_TI, xa, b,
         tokens, inner, tiles, splits, gate_up_TN.stride(0), out_TI.stride(0), xa.stride(0), b.stride(0), scale,
-        ACT=activation, RANK=rank, RANK_BLOCK=rank_block(rank, gate_up_TN.dtype), ROWS=rows, COLS=cols,
-        STAGES=stages, num_warps=warps,
+        ACT=activation, GATED=gated, RANK=rank, RANK_BLOCK=rank_block(rank, gate_up_TN.dtype), XA_STEP=used.step,
+        ROWS=rows, COLS=cols, STAGES=stages, num_warps=warps,
     )  # fmt: skip
 
 
-def _backward(gate_up_TN: Tensor, grad_act_TI: Tensor, activation: str, recompute: bool) -> None:
+def _backward(gate_up_TN: Tensor, grad_act_TI: Tensor, activation: str, gated: bool, recompute: bool) -> None:
     tokens, inner = grad_act_TI.shape
     rows, cols = _tile(inner)
     launch(
         _backward_kernel, (-(-tokens // rows) * -(-inner // cols),), gate_up_TN, grad_act_TI,
         tokens, inner, gate_up_TN.stride(0), grad_act_TI.stride(0),
-        ACT=activation, RECOMPUTE=recompute, ROWS=rows, COLS=cols, num_warps=4,
+        ACT=activation, GATED=gated, RECOMPUTE=recompute, ROWS=rows, COLS=cols, num_warps=4,
     )  # fmt: skip
 
 
@@ -308,12 +340,14 @@ def _adapter_backward(
     gate_up_TN: Tensor,
     grad_act_TI: Tensor,
     activation: str,
+    gated: bool,
     adapter: _Adapter | None,
     down: _Pair | None,
     recompute: bool,
 ) -> Tensor | None:
     tokens, inner = grad_act_TI.shape
-    xa, b, rank, scale = adapter or _Adapter(gate_up_TN, gate_up_TN, 0, 1.0)
+    used = adapter or _Adapter(gate_up_TN, gate_up_TN, 0, 1.0)
+    xa, b, rank, scale = used
     down_dxa, down_a = down or (gate_up_TN, gate_up_TN)
     down_rank = 0 if down is None else down_a.shape[0]
     widest = max(rank, down_rank)
@@ -322,18 +356,19 @@ def _adapter_backward(
     splits, tiles = column_splits(
         -(-tokens // ADAPTER_ROWS), -(-inner // columns), BACKWARD_PROGRAMS * multiprocessors(gate_up_TN)
     )
-    grad_xa_TR = gate_up_TN.new_empty((tokens, 2 * rank))
+    grad_xa_TR = gate_up_TN.new_empty((tokens, used.step + rank))
     # sums of more columns do not fit the registers beside the rest: two GEMMs form them below
     reduce = 0 < rank <= max_rank(gate_up_TN.dtype)
     sums = grad_xa_TR
     if reduce and splits > 1:
-        sums = torch.empty((splits, tokens, 2 * rank), dtype=torch.float32, device=gate_up_TN.device)
+        sums = torch.empty((splits, *grad_xa_TR.shape), dtype=torch.float32, device=gate_up_TN.device)
     launch(
         _adapter_backward_kernel, (-(-tokens // ADAPTER_ROWS), splits),
         gate_up_TN, grad_act_TI, xa, b, down_dxa, down_a, sums,
         tokens, inner, tiles, gate_up_TN.stride(0), grad_act_TI.stride(0), xa.stride(0), b.stride(0),
         down_dxa.stride(0), down_a.stride(0), scale,
-        ACT=activation, RANK=rank, RANK_BLOCK=rank_block(rank, gate_up_TN.dtype), DOWN_RANK=down_rank,
+        ACT=activation, GATED=gated, RANK=rank, RANK_BLOCK=rank_block(rank, gate_up_TN.dtype), XA_STEP=used.step,
+        DOWN_RANK=down_rank,
         DOWN_BLOCK=rank_block(down_rank, gate_up_TN.dtype), REDUCE=reduce, RECOMPUTE=recompute,
         ROWS=ADAPTER_ROWS, COLS=columns, STAGES=_stages(gate_up_TN.dtype, widest, BACKWARD_STAGES[narrow]),
         num_warps=BACKWARD_WARPS,
@@ -346,24 +381,31 @@ def _adapter_backward(
         )  # fmt: skip
     if adapter is None:
         return None
-    return grad_xa_TR if reduce else _grad_xa(gate_up_TN, adapter)
+    return grad_xa_TR if reduce else _grad_xa(gate_up_TN, adapter, gated)
 
 
-def _add_adapter_(gate_up_TN: Tensor, adapter: _Adapter) -> None:
+def _parts(gate_up_TN: Tensor, adapter: _Adapter, gated: bool) -> list[tuple[Tensor, Tensor, slice]]:
+    """Columns of gate and up, or of the one buffer, with their rows of B and the columns of x·Aᵀ that they read."""
+    inner, rank = gate_up_TN.shape[1] // (1 + gated), adapter.rank
+    parts = []
+    for number in range(1 + gated):
+        columns, first = slice(number * inner, (number + 1) * inner), number * adapter.step
+        parts.append((gate_up_TN[:, columns], adapter.b_NR[columns], slice(first, first + rank)))
+    return parts
+
+
+def _add_adapter_(gate_up_TN: Tensor, adapter: _Adapter, gated: bool) -> None:
     """gate and up += scale · xa · Bᵀ, in place."""
-    rank, inner = adapter.rank, gate_up_TN.shape[1] // 2
-    xa_TR, b_NR = adapter.xa_TR.to(gate_up_TN.dtype), adapter.b_NR.to(gate_up_TN.dtype)
-    for half in (0, 1):
-        columns = slice(half * inner, (half + 1) * inner)
-        u_TR = xa_TR[:, half * rank : (half + 1) * rank]
-        gate_up_TN[:, columns].addmm_(u_TR, b_NR[columns].T, alpha=adapter.scale)
+    xa_TR = adapter.xa_TR.to(gate_up_TN.dtype)
+    for part_TI, b_IR, ranks in _parts(gate_up_TN, adapter, gated):
+        part_TI.addmm_(xa_TR[:, ranks], b_IR.to(gate_up_TN.dtype).T, alpha=adapter.scale)
 
 
-def _grad_xa(grad_TN: Tensor, adapter: _Adapter) -> Tensor:
-    """scale · [dgate · B_g | dup · B_u] by GEMMs."""
-    inner = grad_TN.shape[1] // 2
-    b_NR = adapter.b_NR.to(grad_TN.dtype)
-    parts = [grad_TN[:, :inner] @ b_NR[:inner], grad_TN[:, inner:] @ b_NR[inner:]]
+def _grad_xa(grad_TN: Tensor, adapter: _Adapter, gated: bool) -> Tensor:
+    """scale · [dgate · B_g | dup · B_u] by GEMMs; their sum where both share x·Aᵀ."""
+    if gated and not adapter.step:
+        return (grad_TN @ adapter.b_NR.to(grad_TN.dtype)).mul_(adapter.scale)
+    parts = [part_TI @ b_IR.to(grad_TN.dtype) for part_TI, b_IR, _ in _parts(grad_TN, adapter, gated)]
     return torch.cat(parts, -1).mul_(adapter.scale)
 
 
@@ -450,15 +492,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], _Pair]] = {"silu": _silu, "gelu_tanh":
 """Value and slope of every activation; a new row needs its branch in `_activate`."""
 
 
-def _gate_and_up(
-    gate_up_TN: Tensor, xa_TR: Tensor | None, b_NR: Tensor | None, rank: int, scale: float
-) -> _Pair:
-    dtype = accumulation_dtype(gate_up_TN.dtype)
-    gate_TI, up_TI = gate_up_TN.to(dtype).chunk(2, -1)
-    if xa_TR is not None and b_NR is not None:
-        xa_TR, b_NR, inner = xa_TR.to(dtype), b_NR.to(dtype), gate_TI.shape[1]
-        gate_TI = gate_TI + scale * (xa_TR[:, :rank] @ b_NR[:inner].T)
-        up_TI = up_TI + scale * (xa_TR[:, rank : 2 * rank] @ b_NR[inner:].T)
+def _gate_and_up(gate_up_TN: Tensor, adapter: _Adapter | None, gated: bool) -> tuple[Tensor, Tensor | None]:
+    wide_TN = gate_up_TN.to(accumulation_dtype(gate_up_TN.dtype))
+    if adapter is not None:
+        wide_TN = wide_TN.clone() if wide_TN is gate_up_TN else wide_TN
+        _add_adapter_(wide_TN, adapter, gated)
+    if not gated:
+        return wide_TN, None
+    gate_TI, up_TI = wide_TN.chunk(2, -1)
     return gate_TI, up_TI
 
 
@@ -466,6 +507,7 @@ def glu_reference(
     gate_up_TN: Tensor,
     *,
     activation: str = "silu",
+    gated: bool = True,
     xa_TR: Tensor | None = None,
     b_NR: Tensor | None = None,
     rank: int = 0,
@@ -473,8 +515,9 @@ def glu_reference(
     out_TI: Tensor | None = None,
 ) -> Tensor:
     """`glu` in plain torch."""
-    gate_TI, up_TI = _gate_and_up(gate_up_TN, xa_TR, b_NR, rank, scale)
-    act_TI = (ACTIVATIONS[activation](gate_TI)[0] * up_TI).to(gate_up_TN.dtype)
+    gate_TI, up_TI = _gate_and_up(gate_up_TN, _adapter(xa_TR, b_NR, rank, scale), gated)
+    value_TI = ACTIVATIONS[activation](gate_TI)[0]
+    act_TI = (value_TI if up_TI is None else value_TI * up_TI).to(gate_up_TN.dtype)
     return act_TI if out_TI is None else out_TI.copy_(act_TI)
 
 
@@ -483,6 +526,7 @@ def glu_backward_reference_(
     grad_act_TI: Tensor,
     *,
     activation: str = "silu",
+    gated: bool = True,
     xa_TR: Tensor | None = None,
     b_NR: Tensor | None = None,
     rank: int = 0,
@@ -492,20 +536,23 @@ def glu_backward_reference_(
     recompute: bool = True,
 ) -> Tensor | None:
     """`glu_backward_` in plain torch."""
-    gate_TI, up_TI = _gate_and_up(gate_up_TN, xa_TR, b_NR, rank, scale)
+    adapter = _adapter(xa_TR, b_NR, rank, scale)
+    gate_TI, up_TI = _gate_and_up(gate_up_TN, adapter, gated)
     dtype, inner = gate_TI.dtype, gate_TI.shape[1]
     grad_TI = grad_act_TI.to(dtype)
     if down_dxa_TR is not None and down_a_RI is not None:
         grad_TI = grad_TI + down_dxa_TR.to(dtype) @ down_a_RI.to(dtype)
     value_TI, slope_TI = ACTIVATIONS[activation](gate_TI)
-    # all three before the first is written: in float32 and float64 the operands are views of the buffers
-    d_gate_TI, d_up_TI, act_TI = grad_TI * up_TI * slope_TI, grad_TI * value_TI, value_TI * up_TI
+    # all before the first is written: in float32 and float64 the operands are views of the buffers
+    d_gate_TI, d_up_TI, act_TI = grad_TI * slope_TI, None, value_TI
+    if up_TI is not None:
+        d_gate_TI, d_up_TI, act_TI = d_gate_TI * up_TI, grad_TI * value_TI, value_TI * up_TI
     gate_up_TN[:, :inner] = d_gate_TI.to(gate_up_TN.dtype)
-    gate_up_TN[:, inner:] = d_up_TI.to(gate_up_TN.dtype)
+    if d_up_TI is not None:
+        gate_up_TN[:, inner:] = d_up_TI.to(gate_up_TN.dtype)
     if recompute:
         grad_act_TI.copy_(act_TI.to(grad_act_TI.dtype))
-    adapter = _adapter(xa_TR, b_NR, rank, scale)
-    return None if adapter is None else _grad_xa(gate_up_TN.to(dtype), adapter).to(gate_up_TN.dtype)
+    return None if adapter is None else _grad_xa(gate_up_TN.to(dtype), adapter, gated).to(gate_up_TN.dtype)
 
 
 # ---------------------------------------------------------------------- public
@@ -515,6 +562,7 @@ def glu(
     gate_up_TN: Tensor,
     *,
     activation: str = "silu",
+    gated: bool = True,
     xa_TR: Tensor | None = None,
     b_NR: Tensor | None = None,
     rank: int = 0,
@@ -524,10 +572,12 @@ def glu(
     """f(gate) · up, the adapters of both added first where given.
 
     Args:
-        gate_up_TN: `[gate | up]`; rows may be strided.
+        gate_up_TN: `[gate | up]`, or what f is taken of where there is no gate; rows may be strided.
         activation: a row of `ACTIVATIONS`.
-        xa_TR: `[T, 2 · rank]`, x·Aᵀ of gate and up side by side.
-        b_NR: `[2 · I, rank]`, B of gate and up below each other.
+        gated: whether the buffer has a gate.
+        xa_TR: `[T, 2 · rank]`, x·Aᵀ of gate and up side by side; `[T, rank]` where one adapter serves both, or
+            without gate.
+        b_NR: `[N, rank]`, B of gate and up below each other.
         rank: rank of each of the two adapters.
         scale: factor on the adapters' products.
         out_TI: where the result goes; rows may be strided.
@@ -537,20 +587,23 @@ def glu(
     """
     if not use_triton(gate_up_TN, "glu"):
         return glu_reference(
-            gate_up_TN, activation=activation, xa_TR=xa_TR, b_NR=b_NR, rank=rank, scale=scale, out_TI=out_TI
-        )
+            gate_up_TN, activation=activation, gated=gated, xa_TR=xa_TR, b_NR=b_NR, rank=rank, scale=scale,
+            out_TI=out_TI,
+        )  # fmt: skip
     assert activation in ACTIVATIONS
     tokens, columns = gate_up_TN.shape
     act_TI = out_TI
     if act_TI is None:
-        act_TI = torch.empty((tokens, columns // 2), dtype=gate_up_TN.dtype, device=gate_up_TN.device)
+        act_TI = torch.empty(
+            (tokens, columns // (1 + gated)), dtype=gate_up_TN.dtype, device=gate_up_TN.device
+        )
     assert gate_up_TN.stride(1) == act_TI.stride(1) == 1
     adapter = _adapter(xa_TR, b_NR, rank, scale)
     if adapter is not None and rank > LARGEST_FUSED_RANK:
         gate_up_TN = gate_up_TN.clone()
-        _add_adapter_(gate_up_TN, adapter)
+        _add_adapter_(gate_up_TN, adapter, gated)
         adapter = None
-    _forward(gate_up_TN, activation, adapter, act_TI)
+    _forward(gate_up_TN, activation, gated, adapter, act_TI)
     return act_TI
 
 
@@ -559,6 +612,7 @@ def glu_backward_(
     grad_act_TI: Tensor,
     *,
     activation: str = "silu",
+    gated: bool = True,
     xa_TR: Tensor | None = None,
     b_NR: Tensor | None = None,
     rank: int = 0,
@@ -572,7 +626,7 @@ def glu_backward_(
     Args:
         gate_up_TN: what the forward read; rows may be strided.
         grad_act_TI: gradient of the forward's result; rows may be strided.
-        activation: that of the forward, as `xa_TR`, `b_NR`, `rank` and `scale` are.
+        activation: that of the forward, as `gated`, `xa_TR`, `b_NR`, `rank` and `scale` are.
         down_dxa_TR: `[T, r]`, gradient of the down projection's x·Aᵀ, its scale included.
         down_a_RI: `[r, I]`, A of the down projection; the product of the two is added to `grad_act_TI` first.
         recompute: whether `act_TI` is wanted; without, the content of `grad_act_TI` is undefined afterwards.
@@ -582,8 +636,8 @@ def glu_backward_(
     """
     if not use_triton(gate_up_TN, "glu_backward_"):
         return glu_backward_reference_(
-            gate_up_TN, grad_act_TI, activation=activation, xa_TR=xa_TR, b_NR=b_NR, rank=rank, scale=scale,
-            down_dxa_TR=down_dxa_TR, down_a_RI=down_a_RI, recompute=recompute,
+            gate_up_TN, grad_act_TI, activation=activation, gated=gated, xa_TR=xa_TR, b_NR=b_NR, rank=rank,
+            scale=scale, down_dxa_TR=down_dxa_TR, down_a_RI=down_a_RI, recompute=recompute,
         )  # fmt: skip
     assert activation in ACTIVATIONS
     assert gate_up_TN.stride(1) == grad_act_TI.stride(1) == 1
@@ -597,17 +651,18 @@ def glu_backward_(
         grad_act_TI.addmm_(down[0].to(grad_act_TI.dtype), down[1].to(grad_act_TI.dtype))
         down = None
     if adapter is not None and rank > LARGEST_FUSED_RANK:
-        _add_adapter_(gate_up_TN, adapter)
+        _add_adapter_(gate_up_TN, adapter, gated)
         glu_backward_(
             gate_up_TN,
             grad_act_TI,
             activation=activation,
+            gated=gated,
             down_dxa_TR=down_dxa_TR if down else None,
             down_a_RI=down_a_RI if down else None,
             recompute=recompute,
         )
-        return _grad_xa(gate_up_TN, adapter)
+        return _grad_xa(gate_up_TN, adapter, gated)
     if adapter is None and down is None:
-        _backward(gate_up_TN, grad_act_TI, activation, recompute)
+        _backward(gate_up_TN, grad_act_TI, activation, gated, recompute)
         return None
-    return _adapter_backward(gate_up_TN, grad_act_TI, activation, adapter, down, recompute)
+    return _adapter_backward(gate_up_TN, grad_act_TI, activation, gated, adapter, down, recompute)

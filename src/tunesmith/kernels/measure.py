@@ -15,7 +15,8 @@ def copied(value: Any, dtype: torch.dtype | None = None) -> Any:
     if isinstance(value, dict):
         return {key: copied(item, dtype) for key, item in value.items()}
     if isinstance(value, tuple):
-        return tuple(copied(item, dtype) for item in value)
+        items = [copied(item, dtype) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if not isinstance(value, Tensor):
         return value
     if dtype is not None and value.is_floating_point():

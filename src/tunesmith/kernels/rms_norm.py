@@ -1,8 +1,9 @@
-"""Root-mean-square norm with the residual sum in front of it, forward and backward.
+"""Root-mean-square norm with the residual sum in front of it or behind it, forward and backward.
 
     summed = hidden + residual                       rounded to the type, as the residual stream is
     rstd   = (mean_j summed_j² + eps)^(-1/2)         float32
     normed = summed · rstd · (offset + weight)       offset 1 is Gemma's (1 + weight)
+    out    = residual + normed of hidden             instead of the first line, for norms behind a block
 
 A row is read once, kept in registers and written once: a norm costs its memory traffic. The scaled row is
 rounded once, at the end; Hugging Face's Llama rounds before the weight too, which loses half a bit. Rejected:
@@ -47,7 +48,7 @@ traffic of the pass."""
 @jit(do_not_specialize=["tokens"])
 def _forward_kernel(  # type: ignore[no-untyped-def]
     hidden, residual, weight, normed, rstd, summed, tokens, width, hidden_row, residual_row, eps, offset,
-    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    RESIDUAL: tl.constexpr, BEHIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)[None, :]
@@ -62,7 +63,10 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     r = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)
     tl.store(rstd + row, r, mask=row < tokens)
     w = tl.load(weight + col, mask=col < width, other=0.0).to(tl.float32) + offset
-    tl.store(normed + at * width + col, (x * r[:, None] * w).to(normed.dtype.element_ty), mask=live)
+    y = x * r[:, None] * w
+    if BEHIND:
+        y += tl.load(residual + at * residual_row + col, mask=live, other=0.0).to(tl.float32)
+    tl.store(normed + at * width + col, y.to(normed.dtype.element_ty), mask=live)
 
 
 @jit(do_not_specialize=["tokens"])
@@ -117,24 +121,31 @@ def tile(width: int) -> tuple[int, int, int]:
     return rows, block, warps
 
 
-def _rows(tensor_TD: Tensor) -> Tensor:
+def contiguous_rows(tensor_TD: Tensor) -> Tensor:
     """The tensor, copied only where its rows are not contiguous."""
     return tensor_TD if tensor_TD.stride(-1) == 1 else tensor_TD.contiguous()
 
 
 def _forward(
-    hidden_TD: Tensor, weight_D: Tensor, eps: float, residual_TD: Tensor | None, offset: float
+    hidden_TD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    residual_TD: Tensor | None,
+    offset: float,
+    *,
+    behind: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, width = hidden_TD.shape
     rows, block, warps = tile(width)
     normed_TD = torch.empty((tokens, width), dtype=hidden_TD.dtype, device=hidden_TD.device)
     rstd_T = torch.empty(tokens, dtype=torch.float32, device=hidden_TD.device)
-    summed_TD = hidden_TD if residual_TD is None else torch.empty_like(normed_TD)
-    x, y = _rows(hidden_TD), hidden_TD if residual_TD is None else _rows(residual_TD)
+    before = residual_TD is not None and not behind
+    summed_TD = torch.empty_like(normed_TD) if before else hidden_TD
+    x, y = contiguous_rows(hidden_TD), hidden_TD if residual_TD is None else contiguous_rows(residual_TD)
     launch(
         _forward_kernel, (-(-tokens // rows),), x, y, weight_D, normed_TD, rstd_T, summed_TD,
         tokens, width, x.stride(0), y.stride(0), eps, offset,
-        RESIDUAL=residual_TD is not None, ROWS=rows, BLOCK=block, num_warps=warps,
+        RESIDUAL=before, BEHIND=behind, ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return normed_TD, rstd_T, summed_TD
 
@@ -152,7 +163,11 @@ def _backward(
     if weight_grad:
         programs = min(programs, PROGRAMS_PER_SM * multiprocessors(summed_TD))
         partial_PD = torch.empty((programs, width), dtype=torch.float32, device=summed_TD.device)
-    grad, x, add = _rows(grad_TD), _rows(summed_TD), hidden_TD if add_TD is None else _rows(add_TD)
+    grad, x, add = (
+        contiguous_rows(grad_TD),
+        contiguous_rows(summed_TD),
+        hidden_TD if add_TD is None else contiguous_rows(add_TD),
+    )
     launch(
         _backward_kernel, (programs,), grad, x, weight_D, rstd_T, add, hidden_TD, partial_PD, normed_TD,
         tokens, width, grad.stride(0), x.stride(0), add.stride(0), offset,
@@ -255,6 +270,17 @@ def rms_norm_backward_reference(
     return hidden_TD.to(summed_TD.dtype), weight, normed
 
 
+def add_normed_reference(
+    hidden_TD: Tensor, weight_D: Tensor, eps: float, residual_TD: Tensor, *, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """`add_normed` in plain torch."""
+    dtype = accumulation_dtype(hidden_TD.dtype)
+    wide_TD = hidden_TD.to(dtype)
+    rstd_T = torch.rsqrt(wide_TD.square().mean(-1) + eps)
+    normed_TD = wide_TD * rstd_T[:, None] * (offset + weight_D.to(dtype))
+    return (residual_TD.to(dtype) + normed_TD).to(hidden_TD.dtype), rstd_T
+
+
 # ---------------------------------------------------------------------- public
 
 
@@ -277,6 +303,22 @@ def rms_norm(
     if use_triton(hidden_TD, "rms_norm") and hidden_TD.shape[1] <= MAX_WIDTH:
         return _forward(hidden_TD, weight_D, eps, residual_TD, offset)
     return rms_norm_reference(hidden_TD, weight_D, eps, residual_TD=residual_TD, offset=offset)
+
+
+def add_normed(
+    hidden_TD: Tensor, weight_D: Tensor, eps: float, residual_TD: Tensor, *, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """residual + norm(hidden), as norms behind a block want it; rounded once.
+
+    Its gradient reaches the residual as it is and `hidden_TD` through `rms_norm_backward`.
+
+    Returns:
+        The sum, contiguous, in the type of `hidden_TD`; rstd_T in float32 (float64 for float64). Not recorded by
+        autograd.
+    """
+    if use_triton(hidden_TD, "add_normed") and hidden_TD.shape[1] <= MAX_WIDTH:
+        return _forward(hidden_TD, weight_D, eps, residual_TD, offset, behind=True)[:2]
+    return add_normed_reference(hidden_TD, weight_D, eps, residual_TD, offset=offset)
 
 
 def rms_norm_backward(

@@ -4,6 +4,10 @@
     m  = h + o W_oᵀ       x₂ = norm(m)           gu = x₂ W_guᵀ                          a = act(g) · u
     out = m + a W_dᵀ
 
+That is Llama. Families differ in a row of data (`planning.architectures`, `LayerShape`): norms behind a block, on
+what it adds, beside those before it or instead of them; norms on q and k; x₂ = x₁ where blocks are parallel; a factor
+on what a block adds; other norms, activations and rotations.
+
 What autograd on the stock modules costs and this does not: three GEMMs each for q, k, v and gate, up (one GEMM a
 group here); an adapter product added in a pass of its own over the widest outputs (inside the RoPE and activation
 kernels here); each 4-bit weight dequantised once per use (once per backward here, shared by recomputation and
@@ -27,7 +31,7 @@ from torch import Tensor
 
 from tunesmith.kernels.attention import attention_backward, attention_forward
 from tunesmith.kernels.glu import glu, glu_backward_
-from tunesmith.kernels.rms_norm import rms_norm_backward
+from tunesmith.models import layer_norms, layer_qkv
 from tunesmith.models.adapter_math import (
     adapter_a_gradient,
     add_dropped,
@@ -44,47 +48,70 @@ from tunesmith.models.layer_call import (
     Weights,
     beside,
 )
+from tunesmith.models.layer_norms import Reader
 from tunesmith.models.layer_products import input_gradient, project_onto, project_with_adapters
+from tunesmith.models.layer_weights import Gradients, node_parameters, own_gradients
 from tunesmith.models.offload import Handle
-from tunesmith.models.projections import Group, Operands, adapter_parameters, split_gradients
+from tunesmith.models.projections import Operands, split_gradients
 
 # ---------------------------------------------------------------------- forward, in two halves
 
 
-def _attention_half(
-    call: LayerCall, hidden_TD: Tensor, stash: Stash, operands: AllOperands, weights: Weights
-) -> Tensor:
-    """The residual stream after attention; fills the stash. Small tensors that are there are not computed again."""
-    small, large, groups = stash.small, stash.large, call.groups
+def _attend(call: LayerCall, stash: Stash, operands: AllOperands, weights: Weights) -> None:
+    """q, k, v and the output of attention into the stash; what is there is not computed again."""
+    large, groups, shape = stash.large, call.groups, call.shape
     if "qkv" not in large:
-        normed_TD, small["rstd0"] = call.norm(0, hidden_TD)
+        normed_TD = layer_norms.before(call, 0, large["input"], stash)
         qkv_TN = project_with_adapters(call, "qkv", normed_TD, stash, operands.qkv, weights)
-        adapter = None
-        if operands.qkv is not None:
-            adapter = (small["u_qkv"], operands.qkv.b_NR, groups.qkv.rank)
-        call.rope_(qkv_TN, adapter=adapter)
-        large["qkv"] = qkv_TN
+        large["qkv"] = layer_qkv.kept_form_(call, qkv_TN, stash, operands.qkv)
     if "output" not in large:
         room = 0 if call.moves("attention") else beside(groups.output)
         output_TN, stash.backend, saved = attention_forward(
-            large["qkv"], call.shape.heads, call.documents, room=room
-        )
+            layer_qkv.for_attention(call, stash, operands.qkv), shape.heads, call.documents,
+            scores=shape.scores, room=room,
+        )  # fmt: skip
         large["output"] = output_TN
         large |= {f"attention.{number}": tensor for number, tensor in enumerate(saved)}
-    output_TN = call.only(large["output"], beside(groups.output))
-    return project_onto(call, "output", call.only(hidden_TD), output_TN, stash, operands.output, weights)
 
 
-def _gate_up(
-    call: LayerCall, middle_TD: Tensor, stash: Stash, operands: AllOperands, weights: Weights
+def _middle(call: LayerCall, stash: Stash, operands: AllOperands, weights: Weights) -> Tensor:
+    """The residual stream after attention."""
+    output_TN = call.only(stash.large["output"], beside(call.groups.output))
+    residual_TD = call.only(stash.large["input"])
+    return _onto(call, 0, residual_TD, output_TN, stash, operands.output, weights)
+
+
+def _onto(
+    call: LayerCall,
+    block: int,
+    residual_TD: Tensor,
+    x_TK: Tensor,
+    stash: Stash,
+    operands: Operands | None,
+    weights: Weights,
 ) -> Tensor:
+    """The residual stream after a block (0 attention, 1 MLP) whose last projection reads `x_TK`."""
+    name = ("output", "down")[block]
+    if call.norms[2 * block + 1] is None:
+        return project_onto(call, name, residual_TD, x_TK, stash, operands, weights)
+    branch_TD = project_onto(call, name, None, x_TK, stash, operands, weights)
+    stash.large[f"branch{block}"] = branch_TD
+    return layer_norms.behind(call, block, branch_TD, residual_TD, stash)
+
+
+def _mlp_input(call: LayerCall, stash: Stash) -> Tensor:
+    """The stream that the norm before the MLP reads."""
+    return call.only(stash.large["input"]) if call.shape.parallel else stash.large["middle"]
+
+
+def _gate_up(call: LayerCall, stash: Stash, operands: AllOperands, weights: Weights) -> Tensor:
     """gate and up `[T, 2I]` without the adapters, which the activation kernels add."""
-    normed_TD, stash.small["rstd1"] = call.norm(1, middle_TD)
+    normed_TD = layer_norms.before(call, 1, _mlp_input(call, stash), stash)
     return project_with_adapters(call, "gate_up", normed_TD, stash, operands.gate_up, weights)
 
 
 def _activation_arguments(call: LayerCall, stash: Stash, operands: AllOperands) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"activation": call.shape.activation}
+    arguments: dict[str, Any] = {"activation": call.shape.activation, "gated": call.shape.gated}
     if operands.gate_up is not None:
         arguments |= {
             "xa_TR": stash.small["u_gate_up"],
@@ -94,86 +121,65 @@ def _activation_arguments(call: LayerCall, stash: Stash, operands: AllOperands) 
     return arguments
 
 
+def _activated(call: LayerCall, stash: Stash, operands: AllOperands) -> Tensor:
+    """What the down projection reads `[T, I]`, in rows with room for its u; goes into the stash."""
+    gate_up_TN, inner, room = stash.large["gate_up"], call.groups.down.inputs, beside(call.groups.down)
+    act_TI = gate_up_TN.new_empty(gate_up_TN.shape[0], inner + room)[:, :inner]
+    stash.large["act"] = glu(gate_up_TN, **_activation_arguments(call, stash, operands), out_TI=act_TI)
+    return act_TI
+
+
 def layer_forward(call: LayerCall, hidden_TD: Tensor) -> tuple[Tensor, Stash]:
     """Output of the layer `[T, D]`, of `call.rows` where given, and everything that its backward may want to keep."""
     operands = AllOperands.build(call.groups, hidden_TD.dtype)
-    stash = Stash(operands=operands)
+    stash = Stash(large={"input": hidden_TD}, operands=operands)
     weights = Weights(call.groups, hidden_TD.dtype, again=False)
-    middle_TD = _attention_half(call, hidden_TD, stash, operands, weights)
-    gate_up_TN = _gate_up(call, middle_TD, stash, operands, weights)
-    stash.large |= {"middle": middle_TD, "gate_up": gate_up_TN}
-    inner, room = call.groups.down.inputs, beside(call.groups.down)
-    act_TI = hidden_TD.new_empty(middle_TD.shape[0], inner + room)[:, :inner]
-    stash.large["act"] = glu(gate_up_TN, **_activation_arguments(call, stash, operands), out_TI=act_TI)
-    return project_onto(call, "down", middle_TD, act_TI, stash, operands.down, weights), stash
+    _attend(call, stash, operands, weights)
+    middle_TD = _middle(call, stash, operands, weights)
+    if not call.shape.parallel:  # else nothing reads it again
+        stash.large["middle"] = middle_TD
+    stash.large["gate_up"] = _gate_up(call, stash, operands, weights)
+    act_TI = _activated(call, stash, operands)
+    return _onto(call, 1, middle_TD, act_TI, stash, operands.down, weights), stash
 
 
 # ---------------------------------------------------------------------- backward, in two halves
 
 
-def _through_norm(
-    call: LayerCall,
-    number: int,
-    grad_normed_TD: Tensor,
-    hidden_TD: Tensor,
-    rstd_T: Tensor,
-    add_TD: Tensor,
-    group: Group,
-    operands: Operands | None,
-    grad_u_TQ: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """∂h through a norm, and ∂A of the group that reads its rows.
-
-    The adapters' part of `grad_normed_TD` is added here where they have dropout. ∂A needs the normed rows h · r · w
-    (r the reciprocal root mean squares) but not their memory: ∂uᵀ(h r w) = ((∂u r)ᵀ h) w. In float16 ∂u · r would
-    leave the range, and there the rows come out of the norm's own backward kernel.
-    """
-    offset = call.shape.norm_offset
-    weight_D = call.norms[number].weight.to(hidden_TD.dtype)
-    grad_a = None
-    if operands is not None:
-        assert grad_u_TQ is not None
-        if group.dropout > 0.0:
-            normed_TD, _ = call.norm(number, hidden_TD)
-            seed = call.seeds[2 * number]
-            grad_a = input_gradients(grad_normed_TD, normed_TD, group, operands, grad_u_TQ, seed)
-        elif hidden_TD.dtype != torch.float16 and group.adapter_dtype.itemsize >= 4:
-            scaled_TQ = (grad_u_TQ * rstd_T[:, None]).to(grad_u_TQ.dtype)
-            grad_a = adapter_a_gradient(hidden_TD, group, scaled_TQ, 0).mul_(weight_D + offset)
-    grad_TD, _, normed_again_TD = rms_norm_backward(
-        grad_normed_TD, hidden_TD, weight_D, rstd_T,
-        add_TD=add_TD, offset=offset, recompute=operands is not None and grad_a is None,
-    )  # fmt: skip
-    if normed_again_TD is not None and grad_u_TQ is not None:
-        grad_a = adapter_a_gradient(normed_again_TD, group, grad_u_TQ, 0)
-    return grad_TD, grad_a
-
-
 def _mlp_backward(
-    call: LayerCall, grad_TD: Tensor, stash: Stash, operands: AllOperands, weights: Weights
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """∂ of the middle residual stream, and of the adapters of gate-up and of down."""
-    small, groups, middle_TD = stash.small, call.groups, stash.large["middle"]
+    call: LayerCall,
+    grad_TD: Tensor,
+    stash: Stash,
+    operands: AllOperands,
+    weights: Weights,
+    found: Gradients,
+) -> Tensor:
+    """∂ of the stream that the MLP reads, `grad_TD` included; gradients of its parameters go into `found`."""
+    small, groups = stash.small, call.groups
     arguments = _activation_arguments(call, stash, operands)
-    grad_act_TI = grad_TD @ weights.take("down")
+    grad_branch_TD = layer_norms.through_behind(call, 1, grad_TD, stash, found)
+    grad_act_TI = grad_branch_TD @ weights.take("down")
     grad_u = grad_b = None
     if operands.down is not None:
-        grad_u, grad_b = output_gradients(grad_TD, groups.down, operands.down, small["u_down"])
+        grad_u, grad_b = output_gradients(grad_branch_TD, groups.down, operands.down, small["u_down"])
         if groups.down.dropout == 0.0:  # ∂a += ∂u A happens inside the activation's kernel
             arguments |= {"down_dxa_TR": grad_u, "down_a_RI": operands.down.a_QK}
         else:
             add_dropped(grad_act_TI, groups.down, operands.down, grad_u, call.seeds[3])
+    grad_down_TD = grad_branch_TD if groups.down.trains else None
+    del grad_branch_TD
     grad_gate_up_TN, act_TI = stash.large.pop("gate_up"), stash.large.pop("act", None)
     # in place: gate and up become their gradients, and ∂a becomes a where that was not kept
     grad_u_gate_up = glu_backward_(grad_gate_up_TN, grad_act_TI, recompute=act_TI is None, **arguments)
-    grads_down: list[Tensor] = []
+    act_TI = grad_act_TI if act_TI is None else act_TI
     if operands.down is not None:
         assert grad_u is not None
         assert grad_b is not None
-        act_TI = grad_act_TI if act_TI is None else act_TI
         grad_a = adapter_a_gradient(act_TI, groups.down, grad_u, call.seeds[3])
-        grads_down = split_gradients(groups.down, grad_a, grad_b)
-    del grad_act_TI, act_TI
+        found.adapters["down"] = split_gradients(groups.down, grad_a, grad_b)
+    if grad_down_TD is not None:
+        found.own["down"] = own_gradients(groups.down, grad_down_TD, act_TI)
+    del grad_act_TI, act_TI, grad_down_TD
     if operands.gate_up is not None:
         grad_u_gate_up, grad_b = output_gradients(
             grad_gate_up_TN, groups.gate_up, operands.gate_up, small["u_gate_up"], grad_u_TQ=grad_u_gate_up
@@ -181,88 +187,99 @@ def _mlp_backward(
     grad_normed_TD = input_gradient(
         weights, "gate_up", groups.gate_up, operands.gate_up, grad_gate_up_TN, grad_u_gate_up
     )
+    own_TN = grad_gate_up_TN if groups.gate_up.trains else None
     del grad_gate_up_TN
-    grad_middle_TD, grad_a_gate_up = _through_norm(
-        call,
-        1,
-        grad_normed_TD,
-        middle_TD,
-        small["rstd1"],
-        grad_TD,
-        groups.gate_up,
-        operands.gate_up,
-        grad_u_gate_up,
-    )
-    grads_gate_up: list[Tensor] = []
-    if grad_a_gate_up is not None:
-        assert grad_b is not None
-        grads_gate_up = split_gradients(groups.gate_up, grad_a_gate_up, grad_b)
-    return grad_middle_TD, grads_gate_up, grads_down
+    reader = Reader("gate_up", groups.gate_up, operands.gate_up, own_TN, grad_u_gate_up, grad_b)
+    stream_TD = _mlp_input(call, stash)
+    return layer_norms.through_before(call, 1, grad_normed_TD, stream_TD, stash, grad_TD, reader, found)
 
 
 def _attention_backward(
-    call: LayerCall, grad_TD: Tensor, stash: Stash, operands: AllOperands, weights: Weights
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """∂ of the layer's input, and of the adapters of q, k, v and of the output projection."""
+    call: LayerCall,
+    grad_TD: Tensor,
+    grad_stream_TD: Tensor,
+    stash: Stash,
+    operands: AllOperands,
+    weights: Weights,
+    found: Gradients,
+) -> Tensor:
+    """∂ of the layer's input; gradients of the parameters of attention go into `found`.
+
+    Args:
+        grad_TD: ∂ of the residual stream that attention adds to.
+        grad_stream_TD: ∂ of the layer's input by all other ways.
+    """
     small, large, groups = stash.small, stash.large, call.groups
-    output_TN, qkv_TN, hidden_TD = large["output"], large["qkv"], large["input"]
-    grad_output_TN = grad_TD @ weights.take("output")
-    grads_output: list[Tensor] = []
-    if operands.output is not None:
-        grad_u, grad_b = output_gradients(grad_TD, groups.output, operands.output, small["u_output"])
+    output_TN, hidden_TD = large["output"], large["input"]
+    grad_branch_TD = layer_norms.through_behind(call, 0, grad_TD, stash, found)
+    grad_output_TN = grad_branch_TD @ weights.take("output")
+    if operands.output is not None or groups.output.trains:
         picked_TN = call.only(output_TN)
-        grad_a = input_gradients(
-            grad_output_TN, picked_TN, groups.output, operands.output, grad_u, call.seeds[1]
-        )
-        grads_output = split_gradients(groups.output, grad_a, grad_b)
+        if operands.output is not None:
+            grad_u, grad_b = output_gradients(
+                grad_branch_TD, groups.output, operands.output, small["u_output"]
+            )
+            grad_a = input_gradients(
+                grad_output_TN, picked_TN, groups.output, operands.output, grad_u, call.seeds[1]
+            )
+            found.adapters["output"] = split_gradients(groups.output, grad_a, grad_b)
+        if groups.output.trains:
+            found.own["output"] = own_gradients(groups.output, grad_branch_TD, picked_TN)
+        del picked_TN
+    del grad_branch_TD
     saved = tuple(
         large[f"attention.{n}"] for n in range(sum(name.startswith("attention.") for name in large))
     )
-    grad_TD, grad_output_TN = call.spread(grad_TD), call.spread(grad_output_TN)
+    grad_stream_TD, grad_output_TN = call.spread(grad_stream_TD), call.spread(grad_output_TN)
     grad_qkv_TN = attention_backward(
-        grad_output_TN, qkv_TN, output_TN, saved, stash.backend, call.shape.heads, call.documents,
-        room=beside(groups.qkv),
+        grad_output_TN, layer_qkv.for_attention(call, stash, operands.qkv), output_TN, saved, stash.backend,
+        call.shape.heads, call.documents, scores=call.shape.scores, room=beside(groups.qkv),
     )  # fmt: skip
-    call.rope_(grad_qkv_TN, inverse=True)
-    grad_u_qkv = grad_b_qkv = None
+    layer_qkv.gradient_(call, grad_qkv_TN, stash, operands.qkv, found)
+    grad_u = grad_b = None
     if operands.qkv is not None:
-        grad_u_qkv, grad_b_qkv = output_gradients(grad_qkv_TN, groups.qkv, operands.qkv, small["u_qkv"])
-    grad_normed_TD = input_gradient(weights, "qkv", groups.qkv, operands.qkv, grad_qkv_TN, grad_u_qkv)
-    grad_hidden_TD, grad_a_qkv = _through_norm(
-        call, 0, grad_normed_TD, hidden_TD, small["rstd0"], grad_TD, groups.qkv, operands.qkv, grad_u_qkv
+        grad_u, grad_b = output_gradients(grad_qkv_TN, groups.qkv, operands.qkv, small["u_qkv"])
+    grad_normed_TD = input_gradient(weights, "qkv", groups.qkv, operands.qkv, grad_qkv_TN, grad_u)
+    own_TN = grad_qkv_TN if groups.qkv.trains else None
+    del grad_qkv_TN
+    reader = Reader("qkv", groups.qkv, operands.qkv, own_TN, grad_u, grad_b)
+    return layer_norms.through_before(
+        call, 0, grad_normed_TD, hidden_TD, stash, grad_stream_TD, reader, found
     )
-    grads_qkv: list[Tensor] = []
-    if grad_a_qkv is not None:
-        assert grad_b_qkv is not None
-        grads_qkv = split_gradients(groups.qkv, grad_a_qkv, grad_b_qkv)
-    return grad_hidden_TD, grads_qkv, grads_output
 
 
 def layer_backward(call: LayerCall, grad_TD: Tensor, stash: Stash) -> tuple[Tensor, list[Tensor]]:
-    """∂ of the layer's input `[T, D]` and of its adapters, in the order of `adapter_parameters`.
+    """∂ of the layer's input `[T, D]` and of all that trains, in the order of `node_parameters`.
 
     Stages that the policy dropped are computed again first; `stash.large["input"]` is always there.
     """
     dtype = grad_TD.dtype
     operands = stash.operands or AllOperands.build(call.groups, dtype)
     weights = Weights(call.groups, dtype, again=True)
-    if "middle" not in stash.large:
-        stash.large["middle"] = _attention_half(call, stash.large["input"], stash, operands, weights)
-    if "gate_up" not in stash.large:
-        stash.large["gate_up"] = _gate_up(call, stash.large["middle"], stash, operands, weights)
-    grad_TD = grad_TD.contiguous()
-    grad_middle_TD, grads_gate_up, grads_down = _mlp_backward(call, grad_TD, stash, operands, weights)
-    grad_hidden_TD, grads_qkv, grads_output = _attention_backward(
-        call, grad_middle_TD, stash, operands, weights
+    large = stash.large
+    _attend(call, stash, operands, weights)
+    if "middle" not in large and not call.shape.parallel:
+        large["middle"] = _middle(call, stash, operands, weights)
+    if "gate_up" not in large:
+        large["gate_up"] = _gate_up(call, stash, operands, weights)
+    if call.norms.behind_mlp is not None and "branch1" not in large:
+        act_TI = _activated(call, stash, operands)
+        large["branch1"] = project_onto(call, "down", None, act_TI, stash, operands.down, weights)
+    grad_TD, found = grad_TD.contiguous(), Gradients()
+    grad_stream_TD = _mlp_backward(call, grad_TD, stash, operands, weights, found)
+    # blocks in parallel: attention adds to the same stream as the MLP, and not to what that one reads
+    grad_middle_TD = grad_TD if call.shape.parallel else grad_stream_TD
+    grad_hidden_TD = _attention_backward(
+        call, grad_middle_TD, grad_stream_TD, stash, operands, weights, found
     )
-    return grad_hidden_TD, [*grads_qkv, *grads_output, *grads_gate_up, *grads_down]
+    return grad_hidden_TD, found.in_order()
 
 
 # ---------------------------------------------------------------------- the node
 
 
 class _DecoderLayer(torch.autograd.Function):
-    """One node per layer; its inputs are the hidden states and every adapter parameter."""
+    """One node per layer; its inputs are the hidden states and every parameter that trains."""
 
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, call: LayerCall, *parameters: Tensor) -> Tensor:
@@ -304,16 +321,20 @@ class _DecoderLayer(torch.autograd.Function):
 
 
 def run_layer(call: LayerCall, hidden_TD: Tensor) -> Tensor:
-    """The layer's output `[T, D]`, differentiable in the hidden states and the adapters.
+    """The layer's output `[T, D]`, differentiable in the hidden states and all that trains.
 
     Args:
-        hidden_TD: float32, bfloat16 or float16; everything is computed in its type.
+        hidden_TD: everything is computed in its type, or in autocast's: weights that train are held in float32, and
+            so are then the embeddings that the first layer reads.
     """
+    device = hidden_TD.device.type
+    if torch.is_autocast_enabled(device):
+        hidden_TD = hidden_TD.to(torch.get_autocast_dtype(device))
     with torch.autocast(hidden_TD.device.type, enabled=False):
         if not torch.is_grad_enabled():
             return layer_forward(call, hidden_TD)[0]
         result: Tensor = _DecoderLayer.apply(  # type: ignore[no-untyped-call]
-            hidden_TD, call, *adapter_parameters(call.groups)
+            hidden_TD, call, *node_parameters(call.groups, call.norms)
         )
     return result
 

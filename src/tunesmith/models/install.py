@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.kernels.attention import Documents, Heads
+from tunesmith.kernels.attention import Documents, Heads, Scores
 from tunesmith.models.decoder import dropout_seeds, run_layer
-from tunesmith.models.layer_call import Groups, LayerCall, LayerShape
+from tunesmith.models.layer_call import Groups, LayerCall, LayerShape, Norm, Norms
 from tunesmith.models.offload import Offloader
 from tunesmith.models.policy import POLICIES, Policy
 from tunesmith.models.projections import (
@@ -32,7 +32,7 @@ from tunesmith.models.projections import (
     read_projection,
     weight_shape,
 )
-from tunesmith.planning.architectures import Architecture, find_architecture
+from tunesmith.planning.architectures import ACTIVATIONS, Architecture, find_architecture
 
 
 @dataclass
@@ -44,7 +44,8 @@ class Installed:
         stock: (layer, reason) for each that was left alone.
         fallbacks: how often a fused layer ran its stock forward, by reason.
         policy: what fused layers hold between forward and backward; may be changed between steps.
-        layers: the fused layers themselves.
+        layers: the fused layers themselves; shapes: the constants of each.
+        row: the family of the model, or None where it has no fused layer.
     """
 
     model: Any
@@ -54,6 +55,8 @@ class Installed:
     stock: list[tuple[str, str]] = field(default_factory=list)
     fallbacks: Counter[str] = field(default_factory=Counter)
     layers: list[Any] = field(default_factory=list, repr=False)
+    shapes: list[LayerShape] = field(default_factory=list, repr=False)
+    row: Architecture | None = None
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def set_policy(self, name: str) -> None:
@@ -101,18 +104,13 @@ class _FusedForward:
         self._shape = shape
         self._installed = installed
         self._last = last
-        get = {name: attrgetter(name) for name in (*row.qkv, row.output, *row.gate_up, row.down, *row.norms)}
         # modules are looked up at every call: PEFT replaces a linear layer by a wrapper when an adapter is added
-        self._groups: tuple[tuple[Callable[[Any], Any], ...], ...] = (
-            tuple(get[name] for name in row.qkv),
-            (get[row.output],),
-            tuple(get[name] for name in row.gate_up),
-            (get[row.down],),
-        )
-        self._norms = (get[row.norms[0]], get[row.norms[1]])
+        self._groups = tuple(tuple(map(attrgetter, names)) for names in _linear_paths(row))
+        self._norms = [path if path is None else attrgetter(path) for path in _norm_paths(row)]
+        self._table_step = 2 if row.paired_tables else 1
 
     def __call__(self, layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        reason = self._refusal(hidden_states, args, kwargs)
+        reason = self._refusal(layer, hidden_states, args, kwargs)
         if reason is None:
             try:
                 return self._fused(layer, hidden_states, kwargs)
@@ -122,7 +120,9 @@ class _FusedForward:
         stock: Tensor = self._stock(layer, hidden_states, *args, **kwargs)
         return stock
 
-    def _refusal(self, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    def _refusal(
+        self, layer: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> str | None:
         """Why this call is not for the fused node, or None."""
         if args:
             return "positional arguments"
@@ -137,6 +137,8 @@ class _FusedForward:
             return "no position embeddings"
         if hidden_states.ndim != 3:
             return "hidden states that are not [batch, tokens, hidden]"
+        if kwargs.get("document_lengths") is None and hidden_states.shape[0] == 1 and _splits_rows(layer):
+            return "a row that flash attention may split at its position ids"
         return None
 
     def _fused(self, layer: Any, hidden_BTD: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -145,17 +147,21 @@ class _FusedForward:
         )
         if any(p.base.weight.numel() == 0 for group in groups for p in group.projections):
             raise NotFusableError("its weights are not gathered: for ZeRO-3 it has to be a leaf module")
-        norms = (self._norms[0](layer), self._norms[1](layer))
-        if norms[0].weight.requires_grad or norms[1].weight.requires_grad:
-            raise NotFusableError("its norms are trained")
+        norms = Norms(*(get if get is None else Norm.read(get(layer)) for get in self._norms))
         batch, tokens, width = hidden_BTD.shape
-        cos_TK, sin_TK = (_rows(table, batch, tokens) for table in kwargs["position_embeddings"])
+        tables = kwargs["position_embeddings"]
+        rotary_dim = tables[0].shape[-1]
+        cos_TK, sin_TK = (_rows(table, batch, tokens)[:, :: self._table_step] for table in tables)
+        if not self._shape.rope:
+            cos_TK, sin_TK = torch.ones_like(cos_TK[:1]), torch.zeros_like(sin_TK[:1])
+            cos_TK, sin_TK = (table.expand(batch * tokens, -1) for table in (cos_TK, sin_TK))
         call = LayerCall(
             shape=self._shape,
             groups=groups,
             norms=norms,
             cos_TK=cos_TK,
             sin_TK=sin_TK,
+            rotary_dim=rotary_dim,
             documents=_documents(kwargs, batch, tokens, hidden_BTD.device),
             policy=self._installed.policy,
             offloader=self._installed.offloader,
@@ -196,23 +202,58 @@ def heads_of(config: Any) -> Heads:
     return Heads(config.num_attention_heads, config.num_key_value_heads, size)
 
 
-def _shape_of(config: Any, row: Architecture) -> LayerShape:
-    return LayerShape(heads=heads_of(config), eps=float(getattr(config, row.eps)), activation="silu")
+def _linear_paths(row: Architecture) -> tuple[tuple[str, ...], ...]:
+    """Paths of the projections, by group."""
+    return row.qkv, (row.output,), row.gate_up, (row.down,)
+
+
+def _norm_paths(row: Architecture) -> tuple[str | None, ...]:
+    """Paths of the norms, in the order of `Norms`."""
+    return *row.norms, *(row.qk_norms or (None, None))
+
+
+def _splits_rows(layer: Any) -> bool:
+    """Whether the stock attention takes documents from position ids, which only the device knows."""
+    return "flash" in (layer.self_attn.config._attn_implementation or "")
+
+
+def _shape_of(config: Any, row: Architecture, layer: Any) -> LayerShape:
+    """A layer's constants, those that differ between layers read from its modules."""
+
+    def constant(path: str | None) -> Any:
+        return None if path is None else attrgetter(path)(layer)
+
+    multiplier = constant(row.residual_multiplier)
+    return LayerShape(
+        heads=heads_of(config),
+        eps=float(getattr(config, row.eps)),
+        activation=ACTIVATIONS[getattr(config, row.activation)],
+        gated=row.gated,
+        norm=row.norm,
+        norm_offset=row.norm_offset,
+        parallel=row.parallel,
+        residual_multiplier=1.0 if multiplier is None else float(multiplier),
+        scores=Scores(float(layer.self_attn.scaling), constant(row.window), constant(row.softcap)),
+        rope=row.rope is None or bool(constant(row.rope)),
+        interleaved=row.interleaved,
+        qk_full=row.qk_full,
+    )
 
 
 def _check_layer(layer: Any, row: Architecture) -> None:
     """Raise `NotFusableError` for a layer that the fused node does not compute, as it is now."""
-    for name in (*row.qkv, row.output, *row.gate_up, row.down):
+    own = next(
+        kind for kind in type(layer).__mro__ if not kind.__module__.startswith("torch.")
+    )  # FSDP2 wraps classes
+    if not own.__module__.startswith("transformers."):
+        raise NotFusableError(f"its class {own.__name__} is not one of transformers")
+    for name in (name for group in _linear_paths(row) for name in group):
         try:
-            projection = read_projection(attrgetter(name)(layer))
+            read_projection(attrgetter(name)(layer))
         except NotFusableError as error:
             raise NotFusableError(f"{name}: {error}") from error
-        base = projection.base
-        if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
-            raise NotFusableError(f"{name}: its weight is trained")
-    for name in row.norms:
-        if attrgetter(name)(layer).weight.requires_grad:
-            raise NotFusableError(f"{name}: its weight is trained")
+    for name in filter(None, _norm_paths(row)):
+        attrgetter(name)(layer)
 
 
 def _decoder_layers(model: Any) -> Sequence[nn.Module]:
@@ -237,6 +278,7 @@ def install(model: Any, *, policy: str = "keep") -> Installed:
     installed = Installed(model, POLICIES[policy], Offloader(enabled=device.type == "cuda"))
     config = base.config.get_text_config()
     row, reason = find_architecture(config)
+    installed.row = row
     layers = _decoder_layers(model)
     for number, layer in enumerate(layers):
         if row is None:
@@ -244,11 +286,14 @@ def install(model: Any, *, policy: str = "keep") -> Installed:
             continue
         try:
             _check_layer(layer, row)
-        except NotFusableError as error:
+            shape = _shape_of(config, row, layer)
+        except (NotFusableError, AttributeError) as error:
+            # another version of transformers may have renamed what a row names: never computed without it
             installed.stock.append((f"layers.{number}", str(error)))
             continue
-        _replace_forward(layer, row, _shape_of(config, row), installed, last=number == len(layers) - 1)
+        _replace_forward(layer, row, shape, installed, last=number == len(layers) - 1)
         installed.layers.append(layer)
+        installed.shapes.append(shape)
         installed.fused.append(f"layers.{number}")
     if installed.fused:
         _take_over_checkpointing(base, installed)
@@ -261,15 +306,15 @@ def _replace_forward(
     for names in (row.qkv, row.gate_up):
         join_weights([read_projection(attrgetter(name)(layer)).base for name in names])
     forward = _FusedForward(layer, row, shape, installed, last=last)
-    _override(layer, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs), installed)
+    override(layer, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs), installed._undo)
 
 
-def _override(owner: Any, name: str, function: Callable[..., Any], installed: Installed) -> None:
-    """Give an instance a method of its own; undoing brings back what it had, its own or its class's."""
+def override(owner: Any, name: str, function: Callable[..., Any], undo: list[Callable[[], None]]) -> None:
+    """Give an instance a method of its own; `undo` gets what brings back the one it had, its own or its class's."""
     if name in vars(owner):
-        installed._undo.append(partial(setattr, owner, name, vars(owner)[name]))
+        undo.append(partial(setattr, owner, name, vars(owner)[name]))
     else:
-        installed._undo.append(partial(vars(owner).pop, name, None))
+        undo.append(partial(vars(owner).pop, name, None))
     setattr(owner, name, MethodType(function, owner))
 
 
@@ -291,5 +336,5 @@ def _take_over_checkpointing(base: Any, installed: Installed) -> None:
         if installed.stock:
             stock_disable(self, *args, **kwargs)
 
-    _override(base, "gradient_checkpointing_enable", enable, installed)
-    _override(base, "gradient_checkpointing_disable", disable, installed)
+    override(base, "gradient_checkpointing_enable", enable, installed._undo)
+    override(base, "gradient_checkpointing_disable", disable, installed._undo)

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tunesmith.kernels.attention import Documents, Heads
-from tunesmith.kernels.rms_norm import rms_norm
-from tunesmith.kernels.rope import rope_qkv_
+from tunesmith.kernels.attention import Documents, Heads, Scores
+from tunesmith.kernels.rope import RotaryLayout
 from tunesmith.models.offload import Offloader
 from tunesmith.models.policy import Policy
 from tunesmith.models.projections import Group, Operands, build_operands
@@ -26,17 +25,78 @@ class LayerShape:
 
     Attributes:
         heads: layout of the fused q, k, v buffer.
-        eps: of both norms.
+        eps: of all norms.
         activation: row of the kernel's table, such as `silu`.
+        gated: whether the MLP multiplies by a gate.
+        norm: kind of the norms around the blocks, `rms` or `layer`.
         norm_offset: added to the norm weights (1 for Gemma).
-        rotary_dim: leading columns of a head that rotate.
+        parallel: whether both blocks read the layer's input and both results are added to it.
+        residual_multiplier: factor on what a block adds.
+        scores: scale, window and soft cap of attention.
+        rope: whether q and k rotate.
+        interleaved: whether columns 2j and 2j + 1 of a head rotate together.
+        qk_full: whether norms of q and k, where there are any, are over all heads of a token.
     """
 
     heads: Heads
     eps: float
     activation: str
+    gated: bool = True
+    norm: str = "rms"
     norm_offset: float = 0.0
-    rotary_dim: int | None = None
+    parallel: bool = False
+    residual_multiplier: float = 1.0
+    scores: Scores = field(default_factory=Scores)
+    rope: bool = True
+    interleaved: bool = False
+    qk_full: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm, as it is at this call; its parameters are read from the module at the moment of use.
+
+    Attributes:
+        trains_weight: whether its weight trains; trains_bias likewise.
+    """
+
+    module: Any
+    trains_weight: bool = False
+    trains_bias: bool = False
+
+    @classmethod
+    def read(cls, module: Any) -> Norm:
+        """What the module is now."""
+        bias = getattr(module, "bias", None)
+        return cls(module, module.weight.requires_grad, bias is not None and bias.requires_grad)
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything of it trains."""
+        return self.trains_weight or self.trains_bias
+
+    @property
+    def weight(self) -> Tensor:
+        """Its weight, in its own type: kernels round once, at their end."""
+        weight: Tensor = self.module.weight
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Its bias, where it has one."""
+        bias: Tensor | None = getattr(self.module, "bias", None)
+        return bias
+
+
+class Norms(NamedTuple):
+    """The norms of a layer, None where there is none: as in `NormPaths`, then those of q and k."""
+
+    before_attention: Norm | None
+    behind_attention: Norm | None
+    before_mlp: Norm | None
+    behind_mlp: Norm | None
+    q: Norm | None = None
+    k: Norm | None = None
 
 
 class Groups(NamedTuple):
@@ -53,34 +113,30 @@ class LayerCall:
     """Everything of one call that is no tensor to differentiate.
 
     Attributes:
-        norms: the modules of the two norms.
-        cos_TK: RoPE cosines of every token; sin_TK likewise.
+        norms: the norms, and what of them trains.
+        cos_TK: RoPE cosines of every pair of columns; sin_TK likewise.
+        rotary_dim: leading columns of a head that rotate.
         seeds: seeds of the four groups' dropout masks.
         rows: int64 `[S]`, positions of the row that anything reads from this layer's output; None for all.
     """
 
     shape: LayerShape
     groups: Groups
-    norms: tuple[Any, Any]
+    norms: Norms
     cos_TK: Tensor
     sin_TK: Tensor
+    rotary_dim: int
     documents: Documents
     policy: Policy
     offloader: Offloader
     seeds: tuple[int, int, int, int]
     rows: Tensor | None = None
 
-    def rope_(
-        self, qkv_TN: Tensor, *, inverse: bool = False, adapter: tuple[Tensor, Tensor, int] | None = None
-    ) -> None:
-        """Add the adapters of q, k and v, if given as (u, B, rank), and rotate q and k in place."""
-        heads = self.shape.heads
-        u_TQ, b_NR, rank = adapter if adapter is not None else (None, None, 0)
-        rope_qkv_(
-            qkv_TN, self.cos_TK, self.sin_TK,
-            heads=heads.query, kv_heads=heads.key_value, head_dim=heads.size, rotary_dim=self.shape.rotary_dim,
-            inverse=inverse, xa_TR=u_TQ, b_NR=b_NR, rank=rank,
-        )  # fmt: skip
+    @property
+    def layout(self) -> RotaryLayout:
+        """Columns of the fused buffer, and which of them rotate."""
+        heads, shape = self.shape.heads, self.shape
+        return RotaryLayout(heads.query, heads.key_value, heads.size, self.rotary_dim, shape.interleaved)
 
     def only(self, full_TK: Tensor, room: int = 0) -> Tensor:
         """The rows that are read from the layer's output, `[S, K]`, with `room` more columns behind them."""
@@ -100,13 +156,6 @@ class LayerCall:
     def moves(self, stage: str) -> bool:
         """Whether the policy moves the result of a stage to the host, which takes it in one piece."""
         return self.policy.offload and stage in self.policy.keep
-
-    def norm(self, number: int, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """The first (0) or second (1) norm: normed rows and their reciprocal root mean squares."""
-        shape = self.shape
-        weight_D = self.norms[number].weight.to(hidden_TD.dtype)
-        normed_TD, rstd_T, _ = rms_norm(hidden_TD, weight_D, shape.eps, offset=shape.norm_offset)
-        return normed_TD, rstd_T
 
 
 @dataclass(slots=True)
@@ -129,7 +178,7 @@ class Stash:
 STAGE_TENSORS: dict[str, Callable[[str], bool]] = {
     "qkv": lambda name: name == "qkv",
     "attention": lambda name: name == "output" or name.startswith("attention."),
-    "middle": lambda name: name == "middle",
+    "middle": lambda name: name == "middle" or name.startswith("branch"),
     "gate_up": lambda name: name == "gate_up",
     "act": lambda name: name == "act",
 }

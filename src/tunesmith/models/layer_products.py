@@ -3,7 +3,8 @@
 The adapters of q, k, v and of gate and up share GEMMs with the weights: A lies below W, so that x [W; A]ᵀ gives y
 and u = x Aᵀ side by side, and in backward [∂y | ∂u] [W; A] gives both parts of ∂x. B of the projections that write
 onto the residual stream lies beside W: [x | u] [W | B]ᵀ. 4-bit weights are dequantised into such buffers; 16-bit ones
-have room below where `join_weights` laid them, and none beside.
+have room below where `join_weights` laid them, and none beside. Where a norm stands behind a block, the last product
+of the block is rounded once, with its adapter in it, and the norm's pass adds it to the stream.
 
 Shape suffixes: T tokens, D hidden size, N output columns, K input columns, Q = P·R columns of all projections' ranks.
 """
@@ -36,7 +37,10 @@ def project_with_adapters(
     small, key, bias_N = stash.small, f"u_{name}", group.bias(x_TK.dtype)
     if operands is None:
         return _project(x_TK, weights.get(name), bias_N)
-    if group.foldable and not call.moves(name):
+    # What travels has to lie in one piece: products with W and A apart leave it so. With a single adapter the one
+    # with A has so few columns that it was seen to round otherwise than [W; A] does; the rows are copied instead
+    moves, alone = call.moves(name), len(group.projections) == 1
+    if group.foldable and (alone or not moves):
         weight = weights.get(name, operands)
         if weight.shape[0] > group.columns:
             rows_TN = x_TK.new_empty(x_TK.shape[0], group.columns + beside(group))
@@ -47,7 +51,8 @@ def project_with_adapters(
                 torch.addmm(pad(bias_N, (0, group.foldable)), x_TK, weight.T, out=wide_TN)
             # a copy: reading u from between wide rows costs the RoPE kernel more than the product would
             small[key] = wide_TN[:, group.columns :].contiguous()
-            return rows_TN[:, : group.columns]
+            fused_TN = rows_TN[:, : group.columns]
+            return fused_TN.contiguous() if moves else fused_TN
     else:
         weight = weights.get(name)
     if key not in small:
@@ -58,13 +63,13 @@ def project_with_adapters(
 def project_onto(
     call: LayerCall,
     name: str,
-    residual_TD: Tensor,
+    residual_TD: Tensor | None,
     x_TK: Tensor,
     stash: Stash,
     operands: Operands | None,
     weights: Weights,
 ) -> Tensor:
-    """residual + x Wᵀ (+ bias) + u Bᵀ; u goes into the stash.
+    """residual + multiplier · (x Wᵀ (+ bias) + u Bᵀ), or the latter without a residual; u goes into the stash.
 
     Where the rows of x have room for u and the weight has room for B, one GEMM of [x | u] and [W | B] forms both
     products in one sum. Elsewhere the product stays in float32 until everything is added: rounded before, it would
@@ -72,19 +77,27 @@ def project_onto(
     """
     group: Group = getattr(call.groups, name)
     small, key, bias_D = stash.small, f"u_{name}", group.bias(x_TK.dtype)
+    scale = 1.0 if residual_TD is None else call.shape.residual_multiplier
     if operands is None:
-        return _project(x_TK, weights.get(name), bias_D).add_(residual_TD)
+        return _onto(_project(x_TK, weights.get(name), bias_D), residual_TD, scale)
     if key not in small:
         small[key] = adapter_input(x_TK, group, operands, call.seeds[call.groups._fields.index(name)])
     wide_TK = _with_room(x_TK, group)
     weight = weights.get(name, None if wide_TK is None else operands)
     if wide_TK is not None and weight.shape[1] > group.inputs:
         wide_TK[:, group.inputs :] = small[key]
-        return _project(wide_TK, weight, bias_D).add_(residual_TD)
+        return _onto(_project(wide_TK, weight, bias_D), residual_TD, scale)
     y_TD = product(x_TK, weight.T, torch.float32)
     if bias_D is not None:
         y_TD += bias_D
-    return add_residual(y_TD, residual_TD, u_TR=small[key], b_NR=operands.b_NR)
+    return add_residual(y_TD, residual_TD, u_TR=small[key], b_NR=operands.b_NR, scale=scale)
+
+
+def _onto(y_TD: Tensor, residual_TD: Tensor | None, scale: float) -> Tensor:
+    """residual + scale · y, in the memory of y."""
+    if residual_TD is None:
+        return y_TD
+    return torch.add(residual_TD, y_TD, alpha=scale, out=y_TD)
 
 
 def input_gradient(

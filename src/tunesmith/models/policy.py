@@ -2,15 +2,15 @@
 
     stage       result                                  columns (8B shape)   to recompute it
     input       the layer's input                        4,096                (nothing: it comes from outside)
-    qkv         q, k, v after RoPE                       6,144                norm, one GEMM, RoPE
+    qkv         q, k, v after RoPE (before, if normed)   6,144                norm, one GEMM, RoPE
     attention   attention output and log-sum-exp         4,096                attention
     middle      residual stream between the two halves   4,096                the output projection
     gate_up     gate and up before the activation       28,672                norm, the largest GEMM
     act         the gated activation                    14,336                (the backward kernel passes by)
 
-The norms' results are never kept: backward needs them in products only that it takes from their inputs. The gated
-activation costs backward one more write of it where it is not kept. Every policy gives the same numbers; they differ
-in bytes and seconds only.
+The norms' results are never kept: backward needs them in products only that it takes from their inputs. What a norm
+behind a block reads is kept with the middle. The gated activation costs backward one more write of it where it is not
+kept. Every policy gives the same numbers; they differ in bytes and seconds only.
 """
 
 from __future__ import annotations

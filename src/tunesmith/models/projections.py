@@ -1,7 +1,7 @@
-"""Reads what a linear layer is at this moment: base weight, bias, and the adapters that are active on it.
+"""Reads what a linear layer is at this moment: base weight, bias, what of them trains, and the adapters that are active.
 
-PEFT's state may change between two calls (another adapter active, adapters disabled, merged, added), so nothing
-is remembered: `read_projection` looks at every call. What it returns refers to modules, not to tensors, and the
+PEFT's state may change between two calls (another adapter active, adapters disabled, merged, added), and so may what
+trains, so nothing is remembered: `read_projection` looks at every call. What it returns refers to modules, not to tensors, and the
 tensors are fetched at the moment of use: FSDP2 and ZeRO-3 free them after forward and gather them again before
 backward.
 
@@ -41,10 +41,13 @@ class Projection:
     Attributes:
         base: `nn.Linear` or bitsandbytes' `Linear4bit`.
         adapters: in the order in which PEFT adds them.
+        trains_weight: whether the base weight itself trains; trains_bias likewise.
     """
 
     base: Any
     adapters: tuple[Adapter, ...]
+    trains_weight: bool = False
+    trains_bias: bool = False
 
     @property
     def rank(self) -> int:
@@ -62,16 +65,14 @@ def read_projection(module: Any) -> Projection:
         NotFusableError: it is no plain or 4-bit linear layer, or carries an adapter that is no plain LoRA.
     """
     if not hasattr(module, "lora_A"):
-        _check_base(module)
-        return Projection(module, _NO_ADAPTERS)
+        return _projection(module, _NO_ADAPTERS)
     base = module.base_layer
-    _check_base(base)
     if module.disable_adapters or module.merged:
         if module.disable_adapters and module.merged:
             raise NotFusableError(
                 "its adapters are disabled while merged"
             )  # PEFT un-merges in its own forward
-        return Projection(base, _NO_ADAPTERS)
+        return _projection(base, _NO_ADAPTERS)
     adapters = []
     for name in module.active_adapters:
         if name not in module.lora_A:
@@ -90,7 +91,13 @@ def read_projection(module: Any) -> Projection:
         len(adapters) > 1 and adapters[0].dropout > 0.0
     ):
         raise NotFusableError("several adapters are active, with dropout masks of their own")
-    return Projection(base, tuple(adapters))
+    return _projection(base, tuple(adapters))
+
+
+def _projection(base: Any, adapters: tuple[Adapter, ...]) -> Projection:
+    _check_base(base)
+    bias = base.bias
+    return Projection(base, adapters, base.weight.requires_grad, bias is not None and bias.requires_grad)
 
 
 def _check_base(module: Any) -> None:
@@ -161,6 +168,16 @@ class Group:
         return max((a.dropout for p in self.projections for a in p.adapters), default=0.0)
 
     @property
+    def trains(self) -> bool:
+        """Whether any weight or bias of the projections themselves trains."""
+        return self.trains_weight or any(projection.trains_bias for projection in self.projections)
+
+    @property
+    def trains_weight(self) -> bool:
+        """Whether any of their weights trains."""
+        return any(projection.trains_weight for projection in self.projections)
+
+    @property
     def adapter_dtype(self) -> torch.dtype:
         """Type of the adapters' parameters, in which their gradients are."""
         return next(adapter.a.weight.dtype for p in self.projections for adapter in p.adapters)
@@ -205,7 +222,8 @@ class Group:
 
 
 SPARE_ROWS = 96
-"""Rows that `join_weights` leaves free below a group's weights, for adapters up to rank 32 of q, k and v."""
+"""Rows that `join_weights` leaves free below a group's weights, for adapters up to rank 32 of q, k and v, or one of
+up to 96 on a matrix that holds all three."""
 _SPARE = "tunesmith_spare_rows"
 
 
@@ -214,7 +232,7 @@ def _adjacent(weights: Sequence[Tensor], dtype: torch.dtype, below: int = 0) -> 
     first = weights[0]
     if first.dtype != dtype or first.ndim != 2 or not first.is_contiguous():
         return None
-    if len(weights) == 1:
+    if len(weights) == 1 and not hasattr(first, _SPARE):
         return first.detach()
     at, storage = first.data_ptr(), first.untyped_storage()
     for weight in weights:
@@ -234,7 +252,7 @@ def _adjacent(weights: Sequence[Tensor], dtype: torch.dtype, below: int = 0) -> 
 
 @torch.no_grad()
 def join_weights(bases: Sequence[Any]) -> None:
-    """Lay the weights of plain linear layers one after the other, so that one GEMM serves them all.
+    """Lay the weights of plain linear layers one after the other, so that one GEMM serves them and their adapters.
 
     Each stays a contiguous parameter of its own with its name and shape; only its storage moves. 4-bit weights
     are left alone: they are dequantised side by side anyway. So are those that an engine has sharded already
@@ -245,7 +263,8 @@ def join_weights(bases: Sequence[Any]) -> None:
         type(w) is nn.Parameter and w.ndim == 2 and w.is_floating_point() and w.dtype == weights[0].dtype
         for w in weights
     )
-    if not plain or _adjacent(weights, weights[0].dtype) is not None:
+    alone = len(weights) == 1 and not hasattr(weights[0], _SPARE)  # in one piece, but with no room below
+    if not plain or (not alone and _adjacent(weights, weights[0].dtype) is not None):
         return
     counts = [weight.shape[0] for weight in weights]
     joined = weights[0].new_empty(sum(counts) + SPARE_ROWS, weights[0].shape[1])
@@ -267,14 +286,26 @@ class Operands:
     b_NR: Tensor
 
 
-def adapter_parameters(groups: Sequence[Group]) -> list[Tensor]:
-    """All A and B parameters of the groups in a fixed order: per projection and adapter, A then B."""
+def adapter_parameters(group: Group) -> list[Tensor]:
+    """All A and B parameters of a group in a fixed order: per projection and adapter, A then B."""
     return [
         weight
-        for group in groups
         for projection in group.projections
         for adapter in projection.adapters
         for weight in (adapter.a.weight, adapter.b.weight)
+    ]
+
+
+def own_parameters(group: Group) -> list[Tensor]:
+    """The weights and biases of a group that train, in a fixed order: per projection, weight then bias."""
+    return [
+        parameter
+        for projection in group.projections
+        for parameter, trains in (
+            (projection.base.weight, projection.trains_weight),
+            (projection.base.bias, projection.trains_bias),
+        )
+        if trains
     ]
 
 

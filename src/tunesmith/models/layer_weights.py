@@ -1,0 +1,110 @@
+"""A layer's own weights where they train: inputs of the node, and their gradients as backward comes by them.
+
+With ∂y the gradient of what a group of projections wrote and x the rows that it read:
+
+    ∂W = ∂yᵀ x        ∂b = Σ_t ∂y_t
+
+One GEMM serves all weights of a group, as one does forward. Each gradient is the rows of its weight in that product,
+a contiguous view, which autograd takes as `.grad` without a copy (`AccumulateGrad` takes what nobody else refers to and
+what is laid out as its parameter). x is never kept for it: the norm's backward kernel writes its rows again, the
+activation's kernel the activation, and the output of attention is there. Rejected: ∂W = ((∂y r)ᵀ h) w, which spares the
+rows but rounds ∂y r to 16 bits where the product over tokens is longest.
+
+Shape suffixes: T tokens, D hidden size, N output columns, K input columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from tunesmith.kernels.launch import accumulation_dtype
+from tunesmith.models.adapter_math import product
+from tunesmith.models.layer_call import Groups, Norm, Norms
+from tunesmith.models.projections import Group, adapter_parameters, own_parameters
+
+
+def node_parameters(groups: Groups, norms: Norms) -> list[Tensor]:
+    """Everything of a layer that trains at this call: by group its adapters and its own, then the norms."""
+    found: list[Tensor] = []
+    for group in groups:
+        found += adapter_parameters(group)
+        found += own_parameters(group)
+    for norm in norms:
+        if norm is not None:
+            found += (
+                getattr(norm.module, name)
+                for name, trains in (("weight", norm.trains_weight), ("bias", norm.trains_bias))
+                if trains
+            )
+    return found
+
+
+@dataclass(slots=True)
+class Gradients:
+    """Gradients of one layer, collected by the names of its groups and its norms."""
+
+    adapters: dict[str, list[Tensor]] = field(default_factory=dict)
+    own: dict[str, list[Tensor]] = field(default_factory=dict)
+    norms: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def in_order(self) -> list[Tensor]:
+        """All of them, in the order of `node_parameters`."""
+        found: list[Tensor] = []
+        for name in Groups._fields:
+            found += self.adapters.get(name, ())
+            found += self.own.get(name, ())
+        for name in Norms._fields:
+            found += self.norms.get(name, ())
+        return found
+
+    def put_norm(self, name: str, norm: Norm, *sums_D: Tensor) -> None:
+        """Take the gradients of a norm's weight and, where there is one, its bias, as they were summed."""
+        wanted = (norm.trains_weight, norm.trains_bias)
+        self.norms[name] = [
+            grad_D.to(parameter.dtype)
+            for grad_D, parameter, trains in zip(sums_D, (norm.weight, norm.bias), wanted, strict=False)
+            if trains and parameter is not None
+        ]
+
+
+def own_gradients(group: Group, grad_TN: Tensor, x_TK: Tensor | None) -> list[Tensor]:
+    """∂W and ∂b of what trains in a group, in the order of `own_parameters` and in its types.
+
+    Args:
+        grad_TN: gradient of what the group wrote, without the adapters' columns; rows may be strided.
+        x_TK: the rows that it read; may be None where only biases train.
+    """
+    weights, biases = _weights(group, grad_TN, x_TK), _biases(group, grad_TN)
+    found: list[Tensor] = []
+    for projection in group.projections:
+        if projection.trains_weight:
+            found.append(next(weights))
+        if projection.trains_bias:
+            found.append(next(biases))
+    return found
+
+
+def _weights(group: Group, grad_TN: Tensor, x_TK: Tensor | None) -> Iterator[Tensor]:
+    trained = [projection.trains_weight for projection in group.projections]
+    if not any(trained):
+        return
+    assert x_TK is not None
+    types = [projection.base.weight.dtype for projection in group.projections]
+    if all(trained) and len(set(types)) == 1:
+        yield from product(grad_TN.T, x_TK, types[0]).to(types[0]).split(group.widths)
+        return
+    for columns_TN, dtype, trains in zip(grad_TN.split(group.widths, 1), types, trained, strict=True):
+        if trains:
+            yield product(columns_TN.T, x_TK, dtype).to(dtype)
+
+
+def _biases(group: Group, grad_TN: Tensor) -> Iterator[Tensor]:
+    if not any(projection.trains_bias for projection in group.projections):
+        return
+    sum_N = grad_TN.sum(0, dtype=accumulation_dtype(grad_TN.dtype))
+    for projection, part_N in zip(group.projections, sum_N.split(group.widths), strict=True):
+        if projection.trains_bias:
+            yield part_N.to(projection.base.bias.dtype)
