@@ -1,10 +1,10 @@
 """Attention over packed rows: documents never see each other, whatever else the caller forgets.
 
-Registered through transformers' own `AttentionInterface` and `AttentionMaskInterface`. The mask function
-returns None: stock transformers builds its block-diagonal mask only with `attention_mask=None` *and*
-`use_cache=False`; with the default cache, or with an all-ones mask, documents see each other without a word
-(logits off by 0.2–0.4). Here the boundaries travel as keyword arguments beside the hidden states
-(`document_kwargs`), so there is nothing to be switched off by accident.
+Registered through transformers' own `AttentionInterface`, and not in its `AttentionMaskInterface`: for such a
+function transformers builds no mask, and does not ask the device whether positions restart. Stock attention gets a
+block-diagonal mask only with `attention_mask=None` *and* `use_cache=False`; with the default cache, or with an
+all-ones mask, documents see each other without a word (logits off by 0.2–0.4). Here the boundaries travel as keyword
+arguments beside the hidden states (`document_kwargs`), so there is nothing to be switched off by accident.
 
 One causal call per document is exact (4e-5 against the block mask) and on CPU faster than the mask (3.3 s
 against 5.2 s for 2,048 tokens), because it skips the pairs that the mask would throw away.
@@ -24,23 +24,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from tunesmith.contracts.batch import TokenBatch
 from tunesmith.contracts.errors import UserError
 from tunesmith.kernels.packed import Documents
 
 
-def document_kwargs(batch: TokenBatch) -> dict[str, Any]:
+def boundary_kwargs(documents: Documents) -> dict[str, Any]:
     """The keyword arguments by which a packed row's document boundaries reach every attention layer."""
     return {
-        "packed_documents": Documents(batch.lengths, batch.cu_seqlens, batch.longest),
-        "document_lengths": batch.lengths,
-        "cu_seq_lens_q": batch.cu_seqlens,
-        "cu_seq_lens_k": batch.cu_seqlens,
-        "max_length_q": batch.max_seqlen,
-        "max_length_k": batch.max_seqlen,
+        "packed_documents": documents,
+        "document_lengths": documents.lengths,
+        "cu_seq_lens_q": documents.cu_seqlens,
+        "cu_seq_lens_k": documents.cu_seqlens,
+        "max_length_q": documents.longest,
+        "max_length_k": documents.longest,
     }
+
+
+def document_kwargs(batch: TokenBatch) -> dict[str, Any]:
+    """`boundary_kwargs` of a batch's row."""
+    return boundary_kwargs(Documents(batch.lengths, batch.cu_seqlens, batch.longest))
 
 
 def _window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
@@ -49,16 +53,32 @@ def _window_mask(queries: int, keys: int, window: int, device: torch.device) -> 
     return (distance >= 0) & (distance < window)
 
 
-def _capped_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float
+def _written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
 ) -> Tensor:
-    """Attention with soft-capped scores s ← c · tanh(s / c); materialises the scores of one document."""
+    """Attention whose scores are capped, s ← c · tanh(s / c), or compete with a sink, whose share is dropped.
+
+    Materialises the scores of one document.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    scores = softcap * torch.tanh(scores / softcap)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, float("-inf"))
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
+    if sinks_H is not None:
+        sinks = sinks_H.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    shares = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., : key.shape[2]].to(query.dtype)
+    return torch.dropout(shares, dropout, train=dropout > 0.0) @ value
 
 
 def _one_document(
@@ -70,15 +90,19 @@ def _one_document(
     dropout: float,
     window: int | None,
     softcap: float | None,
+    sinks_H: Tensor | None,
 ) -> Tensor:
     """Causal attention `[B, H, T, K]` of one document whose queries are the last ones of its keys."""
     queries, keys = query.shape[2], key.shape[2]
+    written_out = softcap is not None or sinks_H is not None
     mask = None
-    if softcap is not None or queries != keys or (window is not None and window < keys):
+    if written_out or queries != keys or (window is not None and window < keys):
         mask = _window_mask(queries, keys, window if window is not None else keys, query.device)
-    if softcap is not None:
+    if written_out:
         assert mask is not None
-        return _capped_attention(query, key, value, mask, scaling, softcap)
+        return _written_out(
+            query, key, value, mask, scaling=scaling, dropout=dropout, softcap=softcap, sinks_H=sinks_H
+        )
     return scaled_dot_product_attention(
         query,
         key,
@@ -91,10 +115,8 @@ def _one_document(
     )
 
 
-def _check_supported(module: torch.nn.Module, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+def _check_supported(module: torch.nn.Module, attention_mask: Tensor | None) -> None:
     name = type(module).__name__
-    if kwargs.get("s_aux") is not None:
-        raise UserError(f"{name} uses attention sinks, which packed attention does not compute.")
     if attention_mask is not None:
         raise UserError(
             f"{name} was given a ready-made attention mask, which packed attention would ignore.",
@@ -115,21 +137,23 @@ def sdpa_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     document_lengths: tuple[int, ...] | None = None,
-    **kwargs: Any,
+    s_aux: Tensor | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """Exact packed attention, one `scaled_dot_product_attention` call per document, on any device and type.
 
     Args:
         query: `[B, H, T, K]`; key and value `[B, G, T, K]` with H a multiple of G.
         document_lengths: lengths summing to T, for B = 1; None takes each batch row as one document.
+        s_aux: a score for each head that competes with those of the keys, `[H]`: an attention sink.
 
     Returns:
         The attention output `[B, T, H, K]` and None for the weights, as transformers expects.
 
     Raises:
-        UserError: for a mask, attention sinks or bidirectional layers, which would be computed wrongly.
+        UserError: for a mask or bidirectional layers, which would be computed wrongly.
     """
-    _check_supported(module, attention_mask, kwargs)
+    _check_supported(module, attention_mask)
     lengths = [query.shape[2]] if document_lengths is None else list(document_lengths)
     if document_lengths is None or len(lengths) == 1:
         parts = [(query, key, value)]
@@ -143,7 +167,9 @@ def sdpa_attention(
             )
         )
     outputs = [
-        _one_document(q, k, v, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap)
+        _one_document(
+            q, k, v, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap, sinks_H=s_aux
+        )
         for q, k, v in parts
         if q.shape[2] > 0
     ]
@@ -174,13 +200,14 @@ def varlen_attention(
 ) -> tuple[Tensor, None]:
     """The same through torch's variable-length FlashAttention: one kernel for all documents of the row.
 
-    Falls to `sdpa_attention` for what that kernel does not compute: dropout, soft caps, float32, heads wider
-    than 256, and rows without document boundaries.
+    Falls to `sdpa_attention` for what that kernel does not compute: dropout, soft caps, sinks, float32, heads
+    wider than 256, and rows without document boundaries.
     """
     fits = (
         document_lengths is not None
         and not dropout
         and softcap is None
+        and kwargs.get("s_aux") is None
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] <= 256
     )
@@ -189,7 +216,7 @@ def varlen_attention(
             module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap,
             document_lengths, **kwargs,
         )  # fmt: skip
-    _check_supported(module, attention_mask, kwargs)
+    _check_supported(module, attention_mask)
     cu_seqlens, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
     query_THK, key_TGK, value_TGK = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     call, options = _varlen_call()
@@ -218,11 +245,6 @@ ATTENTION: dict[str, tuple[str, Callable[..., tuple[Tensor, None]]]] = {
 }
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Packed attention knows the boundaries; there is no mask to build."""
-    return
-
-
 def choose_attention(setting: str, device: torch.device, dtype: torch.dtype) -> str:
     """The row of `ATTENTION` for a setting of `auto`, `sdpa` or `varlen`.
 
@@ -240,12 +262,35 @@ def choose_attention(setting: str, device: torch.device, dtype: torch.dtype) -> 
     return setting
 
 
+def register_attention() -> None:
+    """Make every row of `ATTENTION` known to transformers under its name."""
+    for registered, function in ATTENTION.values():
+        AttentionInterface.register(registered, function)
+
+
+@contextmanager
+def attending(config: Any, registered: str) -> Iterator[None]:
+    """Within the block whatever reads this config attends by the function of that name in transformers' interface.
+
+    Cheap enough for every call of a layer; `packed_attention` is for a whole model, and sees that it lets itself.
+    """
+    before = config._attn_implementation
+    config._attn_implementation = registered
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
 @contextmanager
 def packed_attention(model: Any, name: str) -> Iterator[None]:
     """Within the block `model` attends by the row `name` of `ATTENTION`; afterwards as it did before."""
-    for registered, function in ATTENTION.values():
-        AttentionInterface.register(registered, function)
-        AttentionMaskInterface.register(registered, _no_mask)
+    chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)
+    if chunk is not None:
+        raise UserError(
+            f"{type(model).__name__} attends in chunks of {chunk} tokens, which packed attention does not compute."
+        )
+    register_attention()
     before, wanted = model.config._attn_implementation, ATTENTION[name][0]
     model.set_attn_implementation(wanted)
     if model.config._attn_implementation != wanted:
