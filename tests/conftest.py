@@ -22,3 +22,10 @@ def _private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with its tokenizer as a Hugging Face folder."""
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def wide_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with rows of 64 and 128 weights: in 4 bits bitsandbytes' CPU code computes rightly with no others."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    return save_tiny_model(folder, hidden_size=64, intermediate_size=128)

@@ -101,8 +101,8 @@ def test_an_example_loads_as_it_is_and_says_how_to_start_it(example: Path) -> No
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_trains(example: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
-    result = train(_small(example, tiny_model_dir, tmp_path))
+def test_an_example_trains(example: Path, wide_model_dir: Path, tmp_path: Path) -> None:
+    result = train(_small(example, wide_model_dir, tmp_path))
 
     assert (result.reason, result.steps) == ("complete", 2)
     assert result.result is not None
@@ -129,11 +129,11 @@ def _plain_loss(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> float
 
 
 @torch.no_grad()
-def test_the_adapter_gives_the_same_loss_in_plain_peft(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_the_adapter_gives_the_same_loss_in_plain_peft(wide_model_dir: Path, tmp_path: Path) -> None:
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
-    run = _small(ROOT / "examples" / "gsm8k-lora.yaml", tiny_model_dir, tmp_path)
+    run = _small(ROOT / "examples" / "gsm8k-lora.yaml", wide_model_dir, tmp_path)
     lines = (ROOT / "examples" / "data" / "gsm8k.jsonl").read_text(encoding="utf-8").splitlines()[100:103]
     (tmp_path / "held.jsonl").write_text("\n".join(lines), encoding="utf-8")
     run["data"]["eval"] = [{**run["data"]["train"][0], "path": str(tmp_path / "held.jsonl")}]

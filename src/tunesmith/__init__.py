@@ -13,18 +13,46 @@ from typing import TYPE_CHECKING, Any
 from tunesmith._version import __version__
 
 if TYPE_CHECKING:
+    from tunesmith.api.data_helpers import get_chat_template, standardize_sharegpt
+    from tunesmith.api.language_model import FastLanguageModel, FastModel
+    from tunesmith.api.new_tokens import add_new_tokens
+    from tunesmith.api.precision import is_bfloat16_supported
+    from tunesmith.api.responses import train_on_responses_only
     from tunesmith.api.run import train
+    from tunesmith.api.sft_trainer import SFTTrainer
     from tunesmith.config.result import RunResult
     from tunesmith.contracts.errors import ConfigError, UserError
 
 _LAZY = {
+    "FastLanguageModel": "tunesmith.api.language_model",
+    "FastModel": "tunesmith.api.language_model",
+    "SFTTrainer": "tunesmith.api.sft_trainer",
+    "add_new_tokens": "tunesmith.api.new_tokens",
+    "get_chat_template": "tunesmith.api.data_helpers",
+    "is_bfloat16_supported": "tunesmith.api.precision",
+    "standardize_sharegpt": "tunesmith.api.data_helpers",
     "train": "tunesmith.api.run",
+    "train_on_responses_only": "tunesmith.api.responses",
     "RunResult": "tunesmith.config.result",
     "ConfigError": "tunesmith.contracts.errors",
     "UserError": "tunesmith.contracts.errors",
 }
 
-__all__ = ["ConfigError", "RunResult", "UserError", "__version__", "train"]
+__all__ = [
+    "ConfigError",
+    "FastLanguageModel",
+    "FastModel",
+    "RunResult",
+    "SFTTrainer",
+    "UserError",
+    "__version__",
+    "add_new_tokens",
+    "get_chat_template",
+    "is_bfloat16_supported",
+    "standardize_sharegpt",
+    "train",
+    "train_on_responses_only",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -137,7 +137,8 @@ memory: 3
         ("adapter: {alpha: 0}", "adapter.alpha is 0; expected a number above 0.0"),
         (
             "adapter: {targets: all_linear}",
-            "adapter.targets is 'all_linear'; expected 'all-linear' or a list (did you mean 'all-linear'?)",
+            "adapter.targets is 'all_linear'; expected 'all-linear' or a regular expression "
+            "(with . * [ ( or | in it) or a list (did you mean 'all-linear'?)",
         ),
         ("objective: {kind: dpo}", "objective.kind is 'dpo'; expected 'sft'"),
         ("train: {seed: 4294967296}", "train.seed is 4294967296; expected a number below 4294967296"),

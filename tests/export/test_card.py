@@ -28,3 +28,12 @@ def test_a_local_folder_is_named_by_its_last_part(tmp_path: Path):
     assert "base_model" not in yaml.safe_load(card.split("---")[1])
     assert "A fine-tuned version of `my-model`" in card
     assert "secret" not in card
+
+
+def test_how_the_base_was_held():
+    for quantize, words in (
+        ("nf4", "trained on 4-bit (NF4) base weights"),
+        ("int8", "trained on 8-bit base weights"),
+    ):
+        assert words in model_card(dataclasses.replace(FACTS, quantize=quantize))
+    assert "base weights" not in model_card(dataclasses.replace(FACTS, quantize="none"))

@@ -69,14 +69,14 @@ def test_an_adapter_gives_the_trainers_logits(lora) -> None:
     assert (untrained - expected).abs().max() > 1e-2, "training changed nothing, so nothing was tested"
 
 
-def test_an_adapter_over_four_bits(tiny_model_dir: Path, tmp_path: Path) -> None:
-    run, folder = trained(run_settings(tiny_model_dir, tmp_path, model={"quantize": "nf4"}))
+def test_an_adapter_over_four_bits(wide_model_dir: Path, tmp_path: Path) -> None:
+    run, folder = trained(run_settings(wide_model_dir, tmp_path, model={"quantize": "nf4"}))
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(
-        tiny_model_dir, dtype=torch.float32, quantization_config=four_bits
+        wide_model_dir, dtype=torch.float32, quantization_config=four_bits
     )
     for module in base.modules():  # bitsandbytes would round the scales to bfloat16 on CPUs that have it
         if isinstance(module, bitsandbytes.nn.Linear4bit):

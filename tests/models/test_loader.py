@@ -19,6 +19,7 @@ from tunesmith.contracts.errors import UserError
 from tunesmith.models.head import CausalModel
 from tunesmith.models.head_check import check_head
 from tunesmith.models.loader import choose_dtype, load_model, load_tokenizer
+from tunesmith.models.projections import write_weight
 
 CPU = torch.device("cpu")
 
@@ -49,15 +50,54 @@ def test_a_model_arrives_frozen_in_the_type_asked_for(tiny_model_dir: Path) -> N
         assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_four_bits_hold_the_linear_layers_and_their_scales_stay_exact(tiny_model_dir: Path) -> None:
+def test_four_bits_hold_the_linear_layers_and_their_scales_stay_exact(wide_model_dir: Path) -> None:
     import bitsandbytes
 
-    model = load_model(str(tiny_model_dir), device=CPU, dtype=torch.float32, quantize="nf4")
+    model = load_model(str(wide_model_dir), device=CPU, dtype=torch.float32, quantize="nf4")
     held = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert len(held) == 14
     assert {m.weight.quant_state.quant_type for m in held} == {"nf4"}
     assert all(m.weight.quant_state.nested for m in held)
     assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in held)
+
+
+def test_four_bits_compute_what_they_hold(wide_model_dir: Path) -> None:
+    model = load_model(str(wide_model_dir), device=CPU, dtype=torch.float32, quantize="nf4")
+    layer = model.model.layers[0].mlp.down_proj
+    x = torch.randn(3, 128)
+    exact = torch.empty(64, 128)
+    write_weight(layer, exact)
+    torch.testing.assert_close(layer(x), x @ exact.T, rtol=1e-5, atol=1e-6)
+
+
+def test_four_bits_that_a_cpu_would_misread_are_refused(tiny_model_dir: Path) -> None:
+    with pytest.raises(UserError, match="32 columns, and bitsandbytes computes wrongly there"):
+        load_model(str(tiny_model_dir), device=CPU, dtype=torch.float32, quantize="nf4")
+
+
+def test_eight_bits_hold_the_linear_layers(tiny_model_dir: Path) -> None:
+    exact = load(tiny_model_dir)
+    model = load_model(str(tiny_model_dir), device=CPU, dtype=torch.float32, quantize="int8")
+    held = [m for m in model.modules() if type(m).__name__ == "Linear8bitLt"]
+    assert len(held) == 14
+    assert {m.weight.dtype for m in held} == {torch.int8}
+    ids = torch.arange(3, 40)[None]
+    difference = (model(ids).logits - exact(ids).logits).abs().max()
+    assert 0 < difference < 0.02 * exact(ids).logits.abs().max()  # 8 bits of each row's largest value
+
+
+def test_scaled_positions(tiny_model_dir: Path) -> None:
+    def positions(**scaling):
+        model = load_model(str(tiny_model_dir), device=CPU, dtype=torch.float32, rope_scaling=scaling or None)
+        return model.model.rotary_emb.inv_freq, model.config.max_position_embeddings
+
+    plain, length = positions()
+    halved, doubled = positions(type="linear", factor=2.0)
+    torch.testing.assert_close(halved, plain / 2)
+    assert doubled == 2 * length
+    assert not torch.equal(positions(rope_type="yarn", factor=4.0)[0], plain)
+    with pytest.raises(UserError, match=r"model.name: .* cannot be loaded"):
+        positions(rope_type="yarm", factor=4.0)
 
 
 def test_a_home_folder_is_found(tiny_model_dir: Path, monkeypatch) -> None:

@@ -8,16 +8,41 @@ import pytest
 import torch
 from torch import nn
 
-from tunesmith.training.optim import OPTIMIZERS, SCHEDULES, Schedule, build_optimizer, weight_decay_groups
+from tests.support.tiny import tiny_llama
+from tunesmith.models.adapter import add_lora
+from tunesmith.training.optim import OPTIMIZERS, SCHEDULES, Schedule, build_optimizer, parameter_groups
 
 
 def test_matrices_decay_and_vectors_do_not():
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Embedding(5, 4))
-    groups = weight_decay_groups(model.parameters(), 0.1)
+    groups = parameter_groups(model, 0.1, learning_rate=1.0)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert {p.ndim for p in groups[0]["params"]} == {2}
     assert {p.ndim for p in groups[1]["params"]} == {1}
-    assert len(weight_decay_groups([model[1].bias], 0.1)) == 1, "empty groups are left out"
+    assert len(parameter_groups(model[1], 0.1, learning_rate=1.0)) == 1, "empty groups are left out"
+
+
+def test_rates_of_lora_plus_and_of_embeddings():
+    model = add_lora(
+        tiny_llama(),
+        rank=4,
+        alpha=8.0,
+        dropout=0.0,
+        targets=["q_proj"],
+        seed=1,
+        modules_to_save=["embed_tokens"],
+    )
+    options = {"loraplus_lr_ratio": 16.0, "embedding_learning_rate": 1e-5}
+    optimizer = build_optimizer(
+        "sgd", model, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.9), **options
+    )
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    Schedule("constant", learning_rate=1e-3, warmup=4.0, total_steps=10).apply(optimizer, 0)
+    rates = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert [r for name, r in rates.items() if "lora_A" in name] == pytest.approx([1e-3 / 5] * 2)
+    assert [r for name, r in rates.items() if "lora_B" in name] == pytest.approx([16e-3 / 5] * 2)
+    assert [r for name, r in rates.items() if "embed_tokens" in name] == pytest.approx([1e-5 / 5])
+    assert len(rates) == 2 * 2 + 1
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -160,10 +160,10 @@ def test_full_fine_tuning_with_frozen_parts(settings):
     assert all("layers.1." in name or name == "model.norm.weight" for name in trained)
 
 
-def test_qlora_trains_on_cpu(settings):
+def test_qlora_trains_on_cpu(settings, wide_model_dir):
     import bitsandbytes
 
-    run, events, _ = _run(settings(model={"quantize": "nf4"}))
+    run, events, _ = _run(settings(model={"name": str(wide_model_dir), "quantize": "nf4"}))
     quantised = [m for m in run.causal.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert len(quantised) == 14
     assert all(m.weight.dtype == torch.uint8 for m in quantised)

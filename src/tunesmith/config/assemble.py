@@ -12,25 +12,26 @@ from typing import Any
 import psutil
 import torch
 
+from tunesmith.config.check_card import check_card
+from tunesmith.config.make_model import NewTokens, make_model
 from tunesmith.config.prepare_data import PreparedData, Progress, batch_plan, prepare_data
 from tunesmith.contracts.errors import UserError
-from tunesmith.data.cache import cache_folder
 from tunesmith.data.feed import TableFeed
 from tunesmith.data.stream import StreamFeed
 from tunesmith.data.table import TokenTable
 from tunesmith.distributed.single import SingleDevice
-from tunesmith.kernels.canary import ModelShape, check_kernels
-from tunesmith.models.adapter import add_lora, load_lora, train_all
 from tunesmith.models.attention import choose_attention, packed_attention
 from tunesmith.models.head import CausalModel
 from tunesmith.models.head_check import check_head, check_packing
-from tunesmith.models.install import Installed, heads_of, install
-from tunesmith.models.loader import choose_device, choose_dtype, load_model, load_tokenizer
+from tunesmith.models.install import Installed, install
+from tunesmith.models.loader import choose_device, choose_dtype, load_tokenizer
 from tunesmith.models.policy import POLICIES
 from tunesmith.models.probe import policy_costs
+from tunesmith.models.vocabulary import extend_tokenizer
 from tunesmith.objectives.table import OBJECTIVES
 from tunesmith.planning.fit import STOCK_POLICIES, USABLE, Fit, fit_micro_batch
 from tunesmith.planning.graphs import graphs_pay
+from tunesmith.settings.model import AdapterSettings
 from tunesmith.settings.run import RunSettings
 from tunesmith.training.checkpoint import CheckpointStore
 from tunesmith.training.optim import Schedule, build_optimizer
@@ -67,32 +68,6 @@ class Run:
     def packed(self) -> AbstractContextManager[None]:
         """The context in which the model attends over packed rows."""
         return packed_attention(self.causal.base, self.attention)
-
-
-def _load(settings: RunSettings, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model with what is trained on it."""
-    model_settings, adapter = settings.model, settings.adapter
-    model = load_model(
-        model_settings.name,
-        device=device,
-        # what is trained starts from the checkpoint's own values, not from values rounded to the compute type
-        dtype=torch.float32 if adapter.kind == "none" else dtype,
-        quantize=model_settings.quantize,
-        revision=model_settings.revision,
-        trust_remote_code=model_settings.trust_remote_code,
-    )
-    if adapter.kind == "none":
-        return train_all(model, model_settings.freeze, dtype)
-    if adapter.path is not None:
-        return load_lora(model, adapter.path)
-    return add_lora(
-        model,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        targets=adapter.targets,
-        seed=settings.train.seed,
-    )
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -190,6 +165,9 @@ _FIXED = {
 }
 """Settings that a run keeps from its first step to its last; the others may change when it goes on."""
 
+_FIXED_WHERE_SET = tuple(name for name in AdapterSettings.model_fields if name not in _FIXED["adapter"])
+"""The same for those of the adapter that came later: runs that do not use them go on with any version."""
+
 
 def _identity(settings: RunSettings, data: PreparedData, causal: CausalModel) -> dict[str, Any]:
     """What must stay the same when a run goes on, or its place in the data would mean something else."""
@@ -198,6 +176,12 @@ def _identity(settings: RunSettings, data: PreparedData, causal: CausalModel) ->
     digest.update(repr(data.corpus.weights).encode())
     plain = settings.model_dump(mode="json")
     fixed = {f"{section}.{name}": plain[section][name] for section, names in _FIXED.items() for name in names}
+    defaults = AdapterSettings().model_dump(mode="json")
+    fixed |= {
+        f"adapter.{name}": plain["adapter"][name]
+        for name in _FIXED_WHERE_SET
+        if plain["adapter"][name] != defaults[name]
+    }
     if settings.data.mix.strategy != "concatenate":
         fixed["data.mix"] = plain["data"]["mix"]
     if settings.data.streaming:
@@ -222,7 +206,7 @@ def _check_vocabulary(tokenizer: Any, data: PreparedData, causal: CausalModel) -
     Raises:
         UserError: it does; a stream says so when it gets there.
     """
-    rows = causal.base.get_input_embeddings().num_embeddings
+    rows = causal.base.get_input_embeddings().weight.shape[0]
     if isinstance(data.feed, StreamFeed):
         data.feed.vocabulary = rows
     if all(table.largest < rows for table in data.corpus.sources if isinstance(table, TokenTable)):
@@ -264,10 +248,12 @@ def _schedule(settings: RunSettings, total_steps: int) -> Schedule:
     )
 
 
-def _model_and_backend(settings: RunSettings, device: torch.device) -> tuple[CausalModel, SingleDevice]:
+def _model_and_backend(
+    settings: RunSettings, device: torch.device, tokens: NewTokens
+) -> tuple[CausalModel, SingleDevice]:
     train = settings.train
     dtype = choose_dtype(settings.model.dtype, device)
-    model = _load(settings, device, dtype)
+    model = make_model(settings, device, dtype, tokens)
     causal = CausalModel(model, dtype)
     optimizer = build_optimizer(
         train.optimizer,
@@ -275,6 +261,8 @@ def _model_and_backend(settings: RunSettings, device: torch.device) -> tuple[Cau
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
         betas=train.betas,
+        loraplus_lr_ratio=settings.adapter.loraplus_lr_ratio,
+        embedding_learning_rate=settings.adapter.embedding_learning_rate,
     )
     backend = SingleDevice(model, optimizer, device, dtype)
     with backend.autocast():
@@ -282,26 +270,12 @@ def _model_and_backend(settings: RunSettings, device: torch.device) -> tuple[Cau
     return causal, backend
 
 
-def _fuse(
-    settings: RunSettings, causal: CausalModel, device: torch.device
-) -> tuple[Installed | None, tuple[str, ...]]:
+def _fuse(causal: CausalModel, device: torch.device) -> tuple[Installed | None, tuple[str, ...]]:
     """On a GPU give the decoder layers their hand-written computation, once its kernels are checked on this card."""
     if device.type != "cuda":
         return None, ()
     installed = install(causal.model)
-    if not installed.fused:
-        return installed, ()
-    config = causal.config
-    shape = ModelShape(
-        width=config.hidden_size,
-        inner=config.intermediate_size,
-        heads=heads_of(config),
-        rank=max((config.r for config in getattr(causal.model, "peft_config", {}).values()), default=0),
-        vocabulary=config.vocab_size,
-        nf4=settings.model.quantize == "nf4",
-    )
-    found = check_kernels(shape, causal.compute_dtype, device, cache_folder("canary"))
-    return installed, tuple(str(finding) for finding in found)
+    return installed, check_card(causal.model, installed, causal.compute_dtype)
 
 
 def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = None) -> Run:
@@ -323,11 +297,12 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
         revision=settings.model.revision,
         trust_remote_code=settings.model.trust_remote_code,
     )
+    tokens = NewTokens(tokenizer, extend_tokenizer(tokenizer, settings.adapter.new_tokens))
     data = prepare_data(settings, tokenizer, progress)
     total_steps = train.steps or _count_steps(data, train.epochs)
-    causal, backend = _model_and_backend(settings, device)
+    causal, backend = _model_and_backend(settings, device, tokens)
     _check_vocabulary(tokenizer, data, causal)
-    installed, warnings = _fuse(settings, causal, device)
+    installed, warnings = _fuse(causal, device)
     _check_policy(settings, device, installed)
     store = CheckpointStore(run_dir / "checkpoints", keep=settings.output.keep)
     _check_space(settings, store, causal, total_steps)

@@ -27,8 +27,38 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("adapter", "kind"),
         lambda s: s.adapter.kind == "none" and s.model.quantize != "none",
-        "adapter.kind is none, and model.quantize is nf4",
-        "weights in 4 bits cannot be trained themselves: use adapter.kind: lora, or model.quantize: none",
+        "adapter.kind is none, and model.quantize is not",
+        "weights in 4 or 8 bits cannot be trained themselves: use adapter.kind: lora, or model.quantize: none",
+    ),
+    Rule(
+        ("adapter", "last_layers"),
+        lambda s: s.adapter.last_layers is not None and s.adapter.layers_to_transform is not None,
+        "adapter.last_layers beside adapter.layers_to_transform",
+        "both say which layers get an adapter: remove one",
+    ),
+    Rule(
+        ("adapter", "new_tokens"),
+        lambda s: bool(s.adapter.new_tokens) and s.adapter.path is not None,
+        "adapter.new_tokens beside adapter.path",
+        "an adapter that has begun knows its tokens: start a new one, or give the model that has them",
+    ),
+    Rule(
+        ("adapter", "init_lora_weights"),
+        lambda s: s.adapter.init_lora_weights == "loftq" and s.model.quantize != "nf4",
+        "adapter.init_lora_weights: loftq without a 4-bit base",
+        "it makes up for the rounding of one: set model.quantize: nf4, or leave it out",
+    ),
+    Rule(
+        ("adapter", "init_lora_weights"),
+        lambda s: s.adapter.init_lora_weights in ("pissa", "olora") and s.model.quantize != "none",
+        "adapter.init_lora_weights takes a part of each weight out of the base, and the base is quantised",
+        "set model.quantize: none, or use loftq on a 4-bit base",
+    ),
+    Rule(
+        ("adapter", "loraplus_lr_ratio"),
+        lambda s: s.adapter.loraplus_lr_ratio is not None and s.adapter.kind == "none",
+        "adapter.loraplus_lr_ratio with adapter.kind: none",
+        "it is a rate of an adapter's matrices: remove it, or set adapter.kind: lora",
     ),
     Rule(
         ("model", "freeze"),
@@ -67,6 +97,14 @@ RULES: tuple[Rule, ...] = (
         ),
         "this memory.policy beside adapter.kind: none",
         "it needs fused layers, and layers whose own weights are trained are not fused: use auto, keep or recompute",
+    ),
+    Rule(
+        ("data", "overlap"),
+        lambda s: (
+            (s.data.overlong == "split" or s.data.join_texts) and 2 * s.data.overlap > s.train.sequence_length
+        ),
+        "data.overlap is more than half of train.sequence_length",
+        "pieces would mostly repeat each other: lower it",
     ),
 )
 

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.contracts.plural import counted
 from tunesmith.data.feed import TableFeed
+from tunesmith.data.proof import REASON as PREFIX
 
 if TYPE_CHECKING:
     from tunesmith.config.assemble import Run
@@ -53,11 +55,8 @@ def _model_line(run: Run) -> str:
     trained = sum(p.numel() for _, p in parameters if p.requires_grad)
     added = trained if settings.adapter.kind == "lora" else 0
     everything = run.causal.base.num_parameters() - added
-    held = (
-        "4-bit NF4"
-        if settings.model.quantize == "nf4"
-        else str(run.causal.compute_dtype).removeprefix("torch.")
-    )
+    plain = str(run.causal.compute_dtype).removeprefix("torch.")
+    held = {"nf4": "4-bit NF4", "int8": "8-bit integers"}.get(settings.model.quantize, plain)
     what = f"LoRA rank {settings.adapter.rank}" if settings.adapter.kind == "lora" else "all parameters"
     if settings.adapter.path:
         what = f"the adapter {settings.adapter.path}"
@@ -80,8 +79,13 @@ def data_lines(run: Run, *, training_only: bool = False) -> list[str]:
         cut = (
             f", {report.truncated:,} cut at {run.settings.train.sequence_length}" if report.truncated else ""
         )
-        lines.append(f"{name}{kind}: {report.rows_kept:,} rows as {report.format}{cut}{dropped}")
+        kept = counted(report.rows_kept, "row")
+        lines.append(f"{name}{kind}: {kept} as {report.format}{cut}{dropped}")
         lines += [f"  {example}" for example in report.examples[:3]]
+        if PREFIX in report.dropped:
+            lines.append(
+                "  data.prefix_mismatch: split makes a document of each turn, as a server would show it"
+            )
     return lines
 
 
@@ -102,11 +106,14 @@ def _rows_line(run: Run) -> str:
         return f"streamed through a buffer of {settings.data.buffer_tokens:,} tokens"
     rows, _ = data.feed.epoch(0)
     lengths_E = data.corpus.lengths[[document for row in rows for document in row]]
-    line = f"{len(data.train_N):,} rows, {int(data.corpus.lengths[data.train_N].sum()):,} tokens → {len(rows):,} "
+    documents = "row" if data.documents_are_rows else "document"
+    tokens = counted(int(data.corpus.lengths[data.train_N].sum()), "token")
+    line = f"{counted(len(data.train_N), documents)}, {tokens} → "
     if not settings.train.packing:
-        return f"{line}rows"
+        return line + counted(len(rows), "row")
     full = lengths_E.sum() / (len(rows) * settings.train.sequence_length)
-    return f"{line}packs of up to {settings.train.sequence_length:,} tokens ({full:.1%} full)"
+    packs = counted(len(rows), "pack")
+    return f"{line}{packs} of up to {settings.train.sequence_length:,} tokens ({full:.1%} full)"
 
 
 def _plan_lines(run: Run) -> list[str]:
@@ -114,13 +121,15 @@ def _plan_lines(run: Run) -> list[str]:
     batch = settings.train.global_batch
     grouping = run.trainer.grouping
     micro = (
-        f"{grouping.rows_per_batch} rows"
+        counted(grouping.rows_per_batch, "row")
         if grouping.rows_per_batch
         else f"up to {grouping.max_tokens:,} tokens"
     )
+    held = counted(len(run.data.held_out_N), "row" if run.data.documents_are_rows else "document")
+    steps = counted(run.trainer.cadence.total_steps, "step")
     return [
-        f"{_rows_line(run)}; {len(run.data.held_out_N):,} rows held out",
-        f"{run.trainer.cadence.total_steps:,} steps of {batch}{' rows' if isinstance(batch, int) else ''}; "
+        f"{_rows_line(run)}; {held} held out",
+        f"{steps} of {counted(batch, 'row') if isinstance(batch, int) else batch}; "
         f"micro-batches of {micro}, {_KEPT[run.fit.policy]}; {run.attention} attention",
     ]
 
@@ -168,10 +177,13 @@ def print_result(console: Console, result: RunResult) -> None:
         change = f" ({result.last_eval / result.first_eval - 1:+.1%})" if result.first_eval else ""
         losses = Text.assemble(f"{result.first_eval:.4f} → ", (f"{result.last_eval:.4f}", "bold"), change)
         rows.append(("held-out loss", losses))
+        rows += [
+            ("", f"{name}: {first:.4f} → {last:.4f}") for name, (first, last) in result.by_source.items()
+        ]
     if result.tokens:
         speed = result.tokens / result.seconds
         seconds = timedelta(seconds=round(result.seconds))
-        figures = f"{result.steps} steps, {result.tokens:,} tokens in {seconds}"
+        figures = f"{counted(result.steps, 'step')}, {counted(result.tokens, 'token')} in {seconds}"
         rows.append(("training", f"{figures} ({speed:,.0f} tokens/s with evaluation and saving)"))
     if result.result is not None:
         rows.append((result.result.name, str(result.result)))

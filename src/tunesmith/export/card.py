@@ -15,7 +15,7 @@ class Facts:
         base_model: id or folder of the model that was trained.
         base_revision: its revision on the hub.
         adapter: whether the result is a LoRA adapter.
-        quantize: how the base was held in training (`none`, `nf4`).
+        quantize: how the base was held in training (`none`, `nf4`, `int8`).
         sources: one line for each training source.
         rows: training rows.
         steps: optimizer steps.
@@ -39,6 +39,8 @@ class Facts:
     hyperparameters: Mapping[str, object]
     versions: Mapping[str, str]
 
+
+_HELD = {"nf4": "4-bit (NF4)", "int8": "8-bit"}
 
 _LOAD_ADAPTER = """\
 from peft import AutoPeftModelForCausalLM
@@ -69,7 +71,8 @@ def _table(rows: Mapping[str, object], left: str, right: str) -> list[str]:
 def model_card(facts: Facts) -> str:
     """The text of `README.md` beside the weights."""
     kind = "A LoRA adapter for" if facts.adapter else "A fine-tuned version of"
-    held = ", trained on 4-bit (NF4) base weights" if facts.quantize == "nf4" else ""
+    bits = _HELD.get(facts.quantize)
+    held = f", trained on {bits} base weights" if bits else ""
     local = Path(facts.base_model).expanduser()
     name = (
         local.name if local.is_dir() else facts.base_model

@@ -6,81 +6,137 @@ is below what bfloat16 can add.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from tunesmith.contracts.errors import UserError
-
-
-def _head(model: Any) -> Any:
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    """The last parts of the names of all linear layers, such as `q_proj`, without the head."""
-    head = _head(model)
-    names = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
-    return sorted(names)
-
-
-def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    modules = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
-            known = _linear_names(model)
-            near = difflib.get_close_matches(target, known, n=1)
-            raise UserError(
-                f"adapter.targets: no linear layer of {type(model).__name__} is called {target!r}.",
-                hint=f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}.",
-            )
-    head = _head(model)
-    for name, module in model.named_modules():
-        if module is head and any(name == t or name.endswith(f".{t}") for t in targets):
-            raise UserError(
-                f"adapter.targets: {name} is the language-model head, which an adapter cannot be put on.",
-                hint="Leave it out of the list.",
-            )
+from tunesmith.models.adapter_checks import (
+    check_dora,
+    check_layers,
+    check_saved,
+    check_start,
+    check_targets,
+    linear_names,
+)
+from tunesmith.models.loftq import start_from_rounding
+from tunesmith.models.vocabulary import widen_for
 
 
 def add_lora(
-    model: Any, *, rank: int, alpha: float, dropout: float, targets: str | Sequence[str], seed: int
+    model: Any,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: str | Sequence[str],
+    seed: int,
+    init_lora_weights: bool | str = True,
+    modules_to_save: Sequence[str] = (),
+    layers_to_transform: Sequence[int] | int | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    **options: Any,
 ) -> Any:
-    """Freeze `model` and put a fresh LoRA adapter on it; B starts at zero, so the first loss is the model's own.
+    """Freeze `model` and put a fresh LoRA adapter on it; unless told otherwise, the first loss is the model's own.
 
     Args:
-        targets: `all-linear` (every linear layer but the head) or name endings.
+        targets: `all-linear` (every linear layer but the head), name endings, or a regular expression that a layer's
+            whole name matches.
+        init_lora_weights: True (B is zero), `gaussian`, `pissa`, `olora`, or `loftq`, which makes up for what a 4-bit
+            base lost by rounding.
+        modules_to_save: name endings of modules that train whole beside the adapter: `embed_tokens`, `lm_head`.
+        layers_to_transform: numbers of the decoder layers that get an adapter.
+        rank_pattern: rank of the layers whose name ends in a key or matches it as a regular expression.
+        alpha_pattern: the same for alpha.
+        options: further fields of PEFT's `LoraConfig`, as they are.
 
     Returns:
-        A `peft.PeftModel` whose adapter is in float32 and trainable.
+        A `peft.PeftModel` whose trained parameters are float32.
 
     Raises:
-        UserError: a target names no linear layer.
+        UserError: what an option names is not there, or the base is not what the option needs.
     """
     from peft import LoraConfig, get_peft_model
 
-    if not isinstance(targets, str):
-        _check_targets(model, targets)
+    check_targets(model, targets)
+    check_start(model, init_lora_weights)
+    check_layers(model, layers_to_transform, targets)
+    check_saved(model, modules_to_save)
+    if options.get("use_dora"):
+        check_dora(model)
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it; a float is fine
         lora_dropout=dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=_targets(model, targets, layers_to_transform),
+        # LoftQ starts from the 4-bit weights as they are: PEFT's own start would round the base once more
+        init_lora_weights=True if init_lora_weights == "loftq" else init_lora_weights,  # type: ignore[arg-type]
+        modules_to_save=list(modules_to_save) or None,
+        layers_to_transform=_plain(layers_to_transform),
+        rank_pattern=dict(rank_pattern or {}),
+        alpha_pattern=dict(alpha_pattern or {}),
         task_type="CAUSAL_LM",
+        # the head of a model with tied embeddings is its embeddings: trained apart they would be two
+        ensure_weight_tying=bool(modules_to_save) and _is_tied(model),
+        **options,
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # PEFT asks transformers by a name that is on its way out
+        warnings.filterwarnings("ignore", message=".*checkpointing.* is deprecated", category=FutureWarning)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            raise UserError(f"adapter: PEFT cannot put this adapter on the model: {error}") from error
+    if init_lora_weights == "loftq":
+        start_from_rounding(adapted)
+    return _in_float32(adapted)
+
+
+def _targets(model: Any, targets: str | Sequence[str], layers: Any) -> str | list[str]:
+    """Targets as PEFT takes them: beside numbers of layers it wants names."""
+    if targets == "all-linear" and layers is not None:
+        return linear_names(model)
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def _plain(layers: Sequence[int] | int | None) -> list[int] | int | None:
+    return list(layers) if isinstance(layers, Sequence) else layers
+
+
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _in_float32(model: Any) -> Any:
+    """What trains in float32; PEFT widens the adapter alone, not what trains whole beside it.
+
+    Trained embeddings give hidden states of their own type, and a trained head takes none but its own: both are
+    brought together with the type of the frozen layers, which without autocast would not compute.
+    """
+    base = model.get_base_model()
+    compute = next(
+        (p.dtype for p in base.parameters() if not p.requires_grad and p.is_floating_point()), None
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if compute is None or compute == torch.float32:
+        return model
+    if any(parameter.requires_grad for parameter in embeddings.parameters()):
+        embeddings.register_forward_hook(lambda _, __, output: output.to(compute))
+    if head is not None and any(parameter.requires_grad for parameter in head.parameters()):
+        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+    return model
 
 
 def load_lora(model: Any, path: str) -> Any:
@@ -99,6 +155,7 @@ def load_lora(model: Any, path: str) -> Any:
                 hint="Give the folder of an adapter saved by PEFT as safetensors.",
             )
     try:
+        widen_for(model, _rows_in(folder))
         loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except SafetensorError as error:
         raise UserError(
@@ -116,12 +173,20 @@ def load_lora(model: Any, path: str) -> Any:
     if kind != PeftType.LORA:
         raise UserError(f"adapter.path: the adapter in {folder} is {kind}, and only LoRA can be continued.")
     _check_complete(loaded, folder)
-    for (
-        parameter
-    ) in loaded.parameters():  # PEFT widens the adapter alone, not what `modules_to_save` trains beside it
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return loaded
+    return _in_float32(loaded)
+
+
+def _rows_in(folder: Path) -> int:
+    """Rows that the embeddings need for an adapter: those of its files, and those of the tokens that it trained."""
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        names = [name for name in file.keys() if name.endswith("embed_tokens.weight")]  # noqa: SIM118
+        rows: list[int] = [file.get_slice(name).get_shape()[0] for name in names]
+    trained = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get(
+        "trainable_token_indices"
+    )
+    for indices in trained.values() if isinstance(trained, dict) else [trained or ()]:
+        rows += [int(index) + 1 for index in indices]
+    return max(rows, default=0)
 
 
 def _check_complete(model: Any, folder: Path) -> None:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import difflib
 import errno
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 
 from tunesmith.contracts.errors import UserError
+from tunesmith.contracts.hub import offline_if_unreachable
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,6 +63,7 @@ def _local_or_hub(name: str) -> str:
             f"model.name: there is no folder {path}.",
             hint=f"Did you mean {path.parent / near[0]}?" if near else None,
         )
+    offline_if_unreachable()
     return name
 
 
@@ -159,7 +163,9 @@ _LOAD_ERRORS = (
 )
 
 
-def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, token: str | None = None
+) -> Any:
     """The fast tokenizer of a model.
 
     Raises:
@@ -167,9 +173,12 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     """
     from transformers import AutoTokenizer
 
-    where = _local_or_hub(name)
+    own = Path(name).expanduser()  # an adapter's folder may hold a tokenizer, and never a model
+    where = str(own) if (own / "tokenizer_config.json").is_file() else _local_or_hub(name)
     try:
-        return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            where, revision=revision, trust_remote_code=trust_remote_code, token=token
+        )
     except Exception as error:  # the tokenizers library raises bare Exceptions
         if _is_no_fault_of_the_model(error):
             raise
@@ -186,6 +195,23 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
         raise _explain(name, error) from error
 
 
+def _quantization(quantize: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Options of `from_pretrained` for a row of `ModelSettings.quantize`."""
+    from transformers import BitsAndBytesConfig
+
+    if quantize == "none":
+        return {}
+    if quantize == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": nf4}
+
+
 def load_model(
     name: str,
     *,
@@ -194,37 +220,40 @@ def load_model(
     quantize: str = "none",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    token: str | None = None,
+    attention: str | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A causal model on `device`, its weights frozen, in `dtype` or (the linear layers) in NF4.
+    """A causal model on `device`, its weights frozen, in `dtype` or (the linear layers) in 4 or 8 bits.
 
     Args:
-        quantize: `none`, or `nf4` for bitsandbytes' 4-bit NormalFloat with nested scales (QLoRA,
-            https://arxiv.org/abs/2305.14314).
+        quantize: `none`, `nf4` for bitsandbytes' 4-bit NormalFloat with nested scales (QLoRA,
+            https://arxiv.org/abs/2305.14314), or `int8` for its 8-bit integers (https://arxiv.org/abs/2208.07339).
+        token: for the hub, in place of the login.
+        attention: transformers' `attn_implementation`; None takes its default.
+        rope_scaling: changes of the config's `rope_parameters`, such as `{"rope_type": "linear", "factor": 2.0}`.
 
     Raises:
         UserError: it does not exist, is gated, cannot be reached, is damaged or incomplete, or is no causal
             language model.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     where = _local_or_hub(name)
-    options: dict[str, Any] = {}
-    if quantize == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+    source = {"revision": revision, "trust_remote_code": trust_remote_code, "token": token}
     try:
+        options = _quantization(quantize, dtype)
+        if attention is not None:
+            options["attn_implementation"] = attention
+        if rope_scaling:
+            options["config"] = _stretched(AutoConfig.from_pretrained(where, **source), rope_scaling)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=dtype,
             device_map={"": str(device)},
-            revision=revision,
-            trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **source,
             **options,
         )
     except _LOAD_ERRORS as error:
@@ -233,9 +262,71 @@ def load_model(
         raise _explain(name, error) from error
     model, report = loaded
     _refuse_missing(name, model, report["missing_keys"])
+    _refuse_misread(name, model)
     _keep_scales_exact(model)
     model.requires_grad_(False)
     return model
+
+
+class AdapterSource(NamedTuple):
+    """Where an adapter lies, and the model that it was trained on."""
+
+    folder: Path
+    base: str
+    revision: str | None
+
+
+def find_adapter(name: str, *, revision: str | None = None, token: str | None = None) -> AdapterSource | None:
+    """The adapter that `name` is; None where it is none.
+
+    Args:
+        name: a local folder, or an id on the hub, whose adapter is then fetched.
+
+    Raises:
+        UserError: its `adapter_config.json` names no base model.
+    """
+    from huggingface_hub import snapshot_download
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    local = Path(name).expanduser()
+    try:
+        found = find_adapter_config_file(
+            str(local) if local.is_dir() else name, revision=revision, token=token
+        )
+        if found is None:
+            return None
+        folder = Path(found).parent
+        if not local.is_dir():
+            folder = Path(
+                snapshot_download(
+                    name, revision=revision, token=token, ignore_patterns=["*.bin", "*.pt", "*.pth"]
+                )
+            )
+    except _LOAD_ERRORS:
+        return None  # the model's own loading says what is wrong, in a sentence
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise UserError(
+            f"model.name: the adapter in {folder} does not say which model it was trained on.",
+            hint="Write the model into base_model_name_or_path of its adapter_config.json.",
+        )
+    return AdapterSource(folder, str(base), config.get("revision"))
+
+
+def _stretched(config: Any, scaling: Mapping[str, Any]) -> Any:
+    """A config whose rotary positions are scaled for rows longer than the model was made for."""
+    text = config.get_text_config()
+    own = getattr(text, "rope_parameters", None)
+    if not own or "rope_theta" not in own:
+        raise ValueError("its rotary positions cannot be scaled as a whole")
+    scaling = {"rope_type" if name == "type" else name: value for name, value in scaling.items()}
+    text.rope_parameters = {**own, **scaling}
+    text.standardize_rope_params()  # notes the length that the model was made for where the scaling needs it
+    if scaling.get("rope_type") in ("linear", "yarn"):
+        text.max_position_embeddings = int(text.max_position_embeddings * float(scaling.get("factor", 1.0)))
+    text.validate_rope()
+    return config
 
 
 def _refuse_missing(name: str, model: Any, missing: set[str]) -> None:
@@ -250,6 +341,19 @@ def _refuse_missing(name: str, model: Any, missing: set[str]) -> None:
         if built in meant
         else f"Its config.json says {meant}: is it a causal language model?",
     )
+
+
+def _refuse_misread(name: str, model: Any) -> None:
+    """bitsandbytes' CPU code gives 4-bit weights the scales of other blocks where a block goes over the end of a row
+    (0.50.2), and would compute with a model that nobody has."""
+    for path, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and module.weight.device.type == "cpu" and state.shape[1] % state.blocksize:
+            raise UserError(
+                f"model.name: {name} cannot be held in 4 bits on a CPU: {path} has {state.shape[1]} columns, and "
+                f"bitsandbytes computes wrongly there unless they are a multiple of {state.blocksize}.",
+                hint="Load it without quantisation.",
+            )
 
 
 def _keep_scales_exact(model: Any) -> None:

@@ -6,7 +6,7 @@ shift it. Weight decay is applied to matrices only, not to biases, norm weights 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,22 +64,74 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
-def weight_decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Split parameters into matrices, which decay, and the rest, which does not; empty groups are left out."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in parameters:
-        (decayed if parameter.ndim >= 2 else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    learning_rate: float,
+    loraplus_lr_ratio: float | None = None,
+    embedding_learning_rate: float | None = None,
+) -> list[dict[str, Any]]:
+    """The trained parameters by weight decay and learning rate; empty groups are left out.
+
+    Matrices decay, the rest does not. A group whose rate is not `learning_rate` has it as `lr_ratio`, a multiple.
+
+    Args:
+        learning_rate: the peak of most parameters.
+        loraplus_lr_ratio: rate of the B matrices of LoRA adapters over that of the others (LoRA+,
+            https://arxiv.org/abs/2402.12354).
+        embedding_learning_rate: peak of what trains of the embeddings and the head.
+    """
+    embedding_ratio = 1.0 if embedding_learning_rate is None else embedding_learning_rate / learning_rate
+    embeddings = _embedding_parameters(model)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        ratio = loraplus_lr_ratio or 1.0 if ".lora_B." in name else 1.0
+        ratio = embedding_ratio if id(parameter) in embeddings else ratio
+        groups.setdefault((ratio, parameter.ndim >= 2), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
+        | ({"lr_ratio": ratio} if ratio != 1.0 else {})
+        for (ratio, decays), parameters in sorted(
+            groups.items(), key=lambda item: (item[0][0], not item[0][1])
+        )
+    ]
+
+
+def _embedding_parameters(model: Any) -> set[int]:
+    """Identities of the parameters of embeddings and head, adapters excepted."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    modules = [getattr(base, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    return {
+        id(parameter)
+        for module in modules
+        if module is not None
+        for name, parameter in module.named_parameters()
+        if "lora_" not in name
+    }
 
 
 def build_optimizer(
-    name: str, model: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+    name: str,
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    loraplus_lr_ratio: float | None = None,
+    embedding_learning_rate: float | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer `name` over the parameters of `model` that require grad."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return OPTIMIZERS[name](weight_decay_groups(trained, weight_decay), learning_rate, betas)
+    """The optimizer `name` over the parameters of `model` that require grad, see `parameter_groups`."""
+    groups = parameter_groups(
+        model,
+        weight_decay,
+        learning_rate=learning_rate,
+        loraplus_lr_ratio=loraplus_lr_ratio,
+        embedding_learning_rate=embedding_learning_rate,
+    )
+    return OPTIMIZERS[name](groups, learning_rate, betas)
 
 
 class Schedule:
@@ -115,8 +167,8 @@ class Schedule:
         return self.learning_rate * float(self._multiplier(step))
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Set the learning rate of every group for this step and return it."""
+        """Set the learning rate of every group for this step and return that of most."""
         rate = self.at(step)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_ratio", 1.0)
         return rate

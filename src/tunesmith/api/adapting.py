@@ -1,0 +1,152 @@
+"""`get_peft_model`: a LoRA adapter of PEFT on a loaded model, and the fused layers on both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tunesmith.api.arguments import ADAPTING, check_foreign
+from tunesmith.api.facts import Facts, need_facts
+from tunesmith.api.prepared import equip, put_on
+from tunesmith.api.wording import in_arguments
+from tunesmith.contracts.errors import UserError
+from tunesmith.models.adapter import add_lora
+
+
+def get_peft_model(
+    model: Any,
+    r: int = 16,
+    target_modules: str | Sequence[str] | None = None,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    bias: str = "none",
+    layers_to_transform: Sequence[int] | int | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    use_gradient_checkpointing: bool | str = "unsloth",
+    random_state: int = 3407,
+    max_seq_length: int | None = None,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    modules_to_save: Sequence[str] | None = None,
+    init_lora_weights: bool | str = True,
+    loftq_config: Mapping[str, Any] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+    trainable_token_indices: Any = None,
+    lora_bias: bool = False,
+    quiet: bool | None = None,
+    **foreign: Any,
+) -> Any:
+    """Put a LoRA adapter on a model of `from_pretrained`, and the fused layers on both.
+
+    Args:
+        model: of `from_pretrained`. One that carries an adapter already keeps it if the arguments say the same.
+        r: rank.
+        target_modules: name endings, `"all-linear"` (as None: every linear layer but the head), or a regular
+            expression that whole names match.
+        lora_alpha: the adapter's output is scaled by `lora_alpha / r`.
+        lora_dropout: dropout on the adapter's input.
+        bias: `"none"`, or train biases as well: `"all"`, or `"lora_only"`, those of layers with an adapter.
+        layers_to_transform: numbers of the decoder layers that get an adapter; the last n are
+            `range(layers - n, layers)`.
+        layers_pattern: PEFT's name of the list of layers, where it is none of the usual ones.
+        use_gradient_checkpointing: what is kept between forward and backward: `"unsloth"` the least, True, False
+            everything, `"auto"` the most that fits.
+        random_state: seeds the adapter.
+        max_seq_length: longest row in tokens; None leaves it as it was loaded.
+        use_rslora: scale by `lora_alpha / √r` instead.
+        use_dora: train the lengths of weight rows apart from their directions. Not fused.
+        modules_to_save: modules that train whole beside the adapter, `["embed_tokens", "lm_head"]`.
+        init_lora_weights: True, False, `"gaussian"`, `"pissa"`, `"olora"`, or `"loftq"` on a 4-bit base.
+        loftq_config: `{"loftq_bits": 4, "loftq_iter": 1}` beside `"loftq"`, and nothing else.
+        rank_pattern: ranks of their own, by name ending or regular expression.
+        alpha_pattern: alphas of their own.
+        exclude_modules: name endings or a regular expression of layers that get no adapter.
+        trainable_token_indices: ids of tokens whose rows of the embeddings train, see `add_new_tokens`.
+        lora_bias: give the adapter's B matrix a bias. Not fused.
+        quiet: print nothing from now on, or again; None leaves it as it is.
+        foreign: arguments of Unsloth that change nothing here, or are refused with their reason.
+
+    Returns:
+        A `peft.PeftModel`.
+
+    Raises:
+        UserError: what an argument names is not there, or an argument asks for what is not possible.
+        TypeError: an argument that nobody knows.
+    """
+    check_foreign(get_peft_model, ADAPTING, foreign)
+    facts = need_facts(model, "get_peft_model")
+    facts.quiet = facts.quiet if quiet is None else quiet
+    _check_frozen(facts)
+    _check_loftq(init_lora_weights, loftq_config)
+    arguments: dict[str, Any] = {
+        "rank": r,
+        "alpha": lora_alpha,
+        "dropout": lora_dropout,
+        "targets": target_modules if target_modules is not None else "all-linear",
+        "bias": bias,
+        "layers_to_transform": layers_to_transform,
+        "layers_pattern": layers_pattern,
+        "use_rslora": use_rslora,
+        "use_dora": use_dora,
+        "modules_to_save": tuple(modules_to_save or ()),
+        "init_lora_weights": init_lora_weights,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "exclude_modules": exclude_modules,
+        "trainable_token_indices": trainable_token_indices,
+        "lora_bias": lora_bias,
+    }
+    length = max_seq_length or model.max_seq_length
+    if hasattr(model, "peft_config"):
+        _check_same(model, arguments)
+    else:
+        with in_arguments():
+            model = add_lora(model, seed=random_state, **arguments)
+    equip(model, length)
+    put_on(model, facts, use_gradient_checkpointing)
+    return model
+
+
+def _check_frozen(facts: Facts) -> None:
+    if facts.full:
+        raise UserError(
+            "get_peft_model: this model was loaded with full_finetuning=True, its own weights are trained.",
+            hint="Leave out get_peft_model, or full_finetuning.",
+        )
+
+
+def _check_loftq(start: bool | str, config: Mapping[str, Any] | None) -> None:
+    if not config:
+        return
+    if start != "loftq":
+        raise UserError(
+            f"loftq_config is for init_lora_weights='loftq', and that is {start!r}.",
+            hint="Leave one of them out.",
+        )
+    known = {"loftq_bits": 4, "loftq_iter": 1}
+    for name, value in config.items():
+        if known.get(name) != value:
+            raise UserError(
+                f"loftq_config: {name}={value!r} is not possible; the base is held in 4 bits and made up for once.",
+                hint="Leave loftq_config out.",
+            )
+
+
+def _check_same(model: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse other arguments than those of the adapter that a model carries already."""
+    config = model.peft_config[model.active_adapters[0]]
+    names = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+    for argument, field in {
+        **names,
+        "use_rslora": "use_rslora",
+        "use_dora": "use_dora",
+        "bias": "bias",
+    }.items():
+        if getattr(config, field) != arguments[argument]:
+            raise UserError(
+                f"get_peft_model: the model carries an adapter with {field}={getattr(config, field)!r} already, "
+                f"and {field}={arguments[argument]!r} asks for another.",
+                hint="Leave out get_peft_model to train that adapter on, or load the base model for a new one.",
+            )

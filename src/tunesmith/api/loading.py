@@ -1,0 +1,217 @@
+"""`from_pretrained`: a model of transformers, held and placed as a script asks for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.api.arguments import LOADING, check_foreign
+from tunesmith.api.facts import Facts, base_of, remember
+from tunesmith.api.prepared import equip, put_on
+from tunesmith.api.wording import in_arguments
+from tunesmith.contracts.errors import UserError
+from tunesmith.data.cache import cache_folder
+from tunesmith.models.adapter import load_lora, train_all
+from tunesmith.models.gguf import convert_gguf
+from tunesmith.models.loader import choose_device, choose_dtype, find_adapter, load_model, load_tokenizer
+
+_ONE_DEVICE = (None, "auto", "sequential")
+
+
+def from_pretrained(
+    model_name: str,
+    max_seq_length: int = 2048,
+    dtype: torch.dtype | str | None = None,
+    load_in_4bit: bool | None = None,
+    load_in_8bit: bool = False,
+    load_in_16bit: bool = False,
+    full_finetuning: bool = False,
+    token: str | None = None,
+    device_map: Any = None,
+    rope_scaling: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    use_gradient_checkpointing: bool | str = "unsloth",
+    quiet: bool = False,
+    **foreign: Any,
+) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        model_name: an id on the Hugging Face hub, a folder, a GGUF file, or an adapter (id or folder), which is
+            loaded on its base and trains on.
+        max_seq_length: longest row in tokens; `SFTTrainer` cuts there.
+        dtype: compute type; None takes bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU.
+        load_in_4bit: hold linear layers in NF4; None does so unless one of the next three is True.
+        load_in_8bit: hold them in 8-bit integers. Not fused.
+        load_in_16bit: hold all weights in `dtype`.
+        full_finetuning: train the weights themselves, in float32. Not fused.
+        token: for the hub, in place of the login.
+        device_map: the device; one device trains, by default the first GPU, else the CPU.
+        rope_scaling: `{"rope_type": "linear", "factor": 2.0}` and the like, for rows that are longer than the model
+            was made for.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run Python code that the model's repository ships.
+        attn_implementation: attention of transformers where batches are not packed.
+        use_gradient_checkpointing: for an adapter or full fine-tuning; else `get_peft_model` is told.
+        quiet: print nothing, here and later on.
+        foreign: arguments of Unsloth that change nothing here, or are refused with their reason.
+
+    Returns:
+        A model of transformers (a `PeftModel` for an adapter), and its tokenizer.
+
+    Raises:
+        UserError: it cannot be loaded, or not so.
+        TypeError: an argument that nobody knows.
+    """
+    check_foreign(from_pretrained, LOADING, foreign)
+    held = _held(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning)
+    device = _device(device_map)
+    compute = choose_dtype(_dtype_name(dtype), device)
+    facts = Facts(model_name, full_finetuning, use_gradient_checkpointing, quiet)
+    name = _unpacked(model_name)
+    options = {"attention": attn_implementation, "rope_scaling": rope_scaling}
+    with in_arguments():
+        model, tokenizer, adapted = _load(
+            name,
+            revision,
+            held,
+            device,
+            compute,
+            options,
+            {"trust_remote_code": trust_remote_code, "token": token},
+        )
+    remember(model, facts)
+    equip(model, max_seq_length)
+    _note_length(facts, model, max_seq_length, rope_scaling)
+    if adapted or full_finetuning:
+        put_on(model, facts, use_gradient_checkpointing)
+    return model, tokenizer
+
+
+def _load(
+    name: str,
+    revision: str | None,
+    held: str,
+    device: torch.device,
+    compute: torch.dtype,
+    options: dict[str, Any],
+    access: dict[str, Any],
+) -> tuple[Any, Any, bool]:
+    """Model, tokenizer, and whether the name was an adapter's.
+
+    Args:
+        options: of `load_model`.
+        access: how the hub is reached and trusted.
+    """
+    adapter = find_adapter(name, revision=revision, token=access["token"])
+    base, base_revision = (name, revision) if adapter is None else (adapter.base, adapter.revision)
+    if adapter is not None and held == "full":
+        raise UserError(
+            f"model_name: {name} is an adapter, whose base stays frozen.", hint="Leave out full_finetuning."
+        )
+    model = load_model(
+        base,
+        device=device,
+        dtype=torch.float32 if held == "full" else compute,
+        quantize="none" if held == "full" else held,
+        revision=base_revision,
+        **options,
+        **access,
+    )
+    if adapter is None:
+        tokenizer = load_tokenizer(base, revision=base_revision, **access)
+    else:
+        model = load_lora(model, str(adapter.folder))
+        own = (adapter.folder / "tokenizer_config.json").is_file()
+        tokenizer = load_tokenizer(
+            str(adapter.folder) if own else base, revision=None if own else base_revision, **access
+        )
+    if held == "full":
+        _refuse_quantized(model, name)
+        model = train_all(model, (), compute)
+    return model, tokenizer, adapter is not None
+
+
+def _held(four: bool | None, eight: bool, sixteen: bool, full: bool) -> str:
+    """How weights are held: `nf4`, `int8`, `none`, or `full` where they are trained."""
+    asked = {"load_in_4bit": four, "load_in_8bit": eight, "load_in_16bit": sixteen, "full_finetuning": full}
+    chosen = [name for name, value in asked.items() if value]
+    if len(chosen) > 1:
+        raise UserError(
+            f"{chosen[0]} and {chosen[1]} cannot both be True: they say how the weights are held.",
+            hint="Leave one of them out.",
+        )
+    forms = {
+        "load_in_4bit": "nf4",
+        "load_in_8bit": "int8",
+        "load_in_16bit": "none",
+        "full_finetuning": "full",
+    }
+    return forms[chosen[0]] if chosen else ("none" if four is False else "nf4")
+
+
+def _dtype_name(dtype: torch.dtype | str | None) -> str:
+    name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in ("auto", "float32", "bfloat16", "float16"):
+        raise UserError(
+            f"dtype={dtype!r} is no compute type.",
+            hint="Use None, torch.bfloat16, torch.float16 or torch.float32.",
+        )
+    return name
+
+
+def _device(device_map: Any) -> torch.device:
+    """The one device that a `device_map` asks for."""
+    if device_map in _ONE_DEVICE:
+        return choose_device()
+    if isinstance(device_map, Mapping) and len(set(map(str, device_map.values()))) == 1:
+        device_map = next(iter(device_map.values()))
+    try:
+        if isinstance(device_map, int):
+            device = torch.device("cuda", device_map)
+        elif isinstance(device_map, str | torch.device):
+            device = torch.device(device_map)
+        else:
+            raise TypeError
+    except (RuntimeError, TypeError):
+        raise UserError(
+            f"device_map={device_map!r} does not name one device, and a model trains on one.",
+            hint='Leave it out, or name a device such as "cuda:0" or "cpu".',
+        ) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device_map={device_map!r}: there is no CUDA device here.", hint="Leave it out.")
+    return device
+
+
+def _unpacked(name: str) -> str:
+    """A GGUF file as a folder of safetensors, converted once; any other name as it is."""
+    path = Path(name).expanduser()
+    if path.suffix != ".gguf" or not path.is_file():
+        return name
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache_folder("gguf") / f"{path.stem}-{key}"
+    return str(convert_gguf(path.resolve(), folder))
+
+
+def _refuse_quantized(model: Any, name: str) -> None:
+    if getattr(model, "is_quantized", False):
+        raise UserError(
+            f"model_name: the weights of {name} are quantised, and cannot be trained themselves.",
+            hint="Give the model in 16 bits, or leave out full_finetuning and train an adapter.",
+        )
+
+
+def _note_length(facts: Facts, model: Any, length: int, rope_scaling: Any) -> None:
+    made_for = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
+    if made_for is not None and length > made_for and not rope_scaling:
+        facts.say(
+            f"tunesmith: max_seq_length is {length:,}, and the model was made for {made_for:,} positions; "
+            "rows longer than that need rope_scaling."
+        )

@@ -1,0 +1,132 @@
+"""TRL's `SFTTrainer`, which takes the arguments of 2024 as well as today's, and keeps adapters in float32."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from tunesmith.api.arguments import check_foreign
+from tunesmith.api.facts import Facts, facts_of
+from tunesmith.api.memory import fitting, set_policy
+from tunesmith.contracts.errors import UserError
+from tunesmith.training.optim import parameter_groups
+
+try:
+    from trl.trainer.sft_trainer import SFTTrainer as TrlTrainer
+except ModuleNotFoundError as error:
+    if not (error.name or "").startswith("trl"):
+        raise
+    raise UserError(
+        "SFTTrainer needs TRL, which is not installed.",
+        hint='Install it with `pip install "tunesmith[trl]"`.',
+    ) from error
+
+from tunesmith.api.trainer_arguments import MOVED, TRAINING, make_config, one_example
+
+_TODAY = frozenset(inspect.signature(TrlTrainer.__init__).parameters)
+
+
+class SFTTrainer(TrlTrainer):
+    """TRL's trainer for a model of `FastLanguageModel`, or any other.
+
+    Args:
+        model: what is trained.
+        args: `SFTConfig` or `TrainingArguments`.
+        tokenizer: the older name of `processing_class`.
+        loraplus_lr_ratio: learning rate of the adapter's B matrices over that of the others
+            (LoRA+, https://arxiv.org/abs/2402.12354).
+        embedding_learning_rate: of embeddings and head where they train; it follows the same schedule.
+        more: TRL's arguments, today's and those of 2024: see `trainer_arguments`.
+
+    Raises:
+        UserError: two arguments contradict each other, one asks for what is not possible, or nothing trains.
+        TypeError: an argument that nobody knows.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        tokenizer: Any = None,
+        loraplus_lr_ratio: float | None = None,
+        embedding_learning_rate: float | None = None,
+        **more: Any,
+    ) -> None:
+        if tokenizer is not None and processing_class not in (None, tokenizer):
+            raise UserError(
+                "SFTTrainer: tokenizer and processing_class are two names of one thing, and differ here."
+            )
+        if isinstance(model, str):
+            raise UserError(
+                f"SFTTrainer takes a model, and {model!r} is a name.",
+                hint="Load it with FastLanguageModel.from_pretrained.",
+            )
+        moved = {name: more.pop(name) for name in MOVED if name in more}
+        today = {name: more.pop(name) for name in [*more] if name in _TODAY}
+        check_foreign(SFTTrainer, TRAINING, more, [*MOVED, *_TODAY])
+        facts = facts_of(model)
+        trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+        if not trained and today.get("peft_config") is None:
+            raise UserError(
+                "SFTTrainer: nothing of this model trains.",
+                hint="Put an adapter on it with get_peft_model first.",
+            )
+        config = make_config(args, moved, model, facts)
+        today["formatting_func"] = one_example(today.get("formatting_func"), train_dataset)
+        self._rates = (loraplus_lr_ratio, embedding_learning_rate)
+        super().__init__(
+            model=model,
+            args=config,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class if processing_class is not None else tokenizer,
+            **today,
+        )
+        for parameter, data in trained.items():  # TRL rounds adapters on a quantised base to bfloat16
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+        if facts is not None:
+            _fit(model, facts, config)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of `args`, with the rates of LoRA+ and of embeddings."""
+        loraplus, embedding = self._rates
+        if self.optimizer is None and (loraplus is not None or embedding is not None):
+            rate = self.args.learning_rate
+            trained: Any = self.model if model is None else model
+            groups = parameter_groups(
+                trained,
+                self.args.weight_decay,
+                learning_rate=rate,
+                loraplus_lr_ratio=loraplus,
+                embedding_learning_rate=embedding,
+            )
+            for group in groups:
+                group["lr"] = rate * group.pop("lr_ratio", 1.0)
+            kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, trained
+            )
+            if {"params", "model", "optimizer_dict"} & options.keys():
+                raise UserError(
+                    f"args.optim={self.args.optim!s} makes its own groups of parameters, beside which neither "
+                    "loraplus_lr_ratio nor embedding_learning_rate is possible.",
+                    hint="Use adamw_torch or adamw_8bit.",
+                )
+            self.optimizer = kind(groups, **options)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        return optimizer
+
+
+def _fit(model: Any, facts: Facts, config: Any) -> None:
+    """With `auto`, what is kept is chosen anew now that the size of a micro-batch is known."""
+    if facts.checkpointing == "auto" and facts.attached is not None:
+        tokens = config.per_device_train_batch_size * (config.max_length or model.max_seq_length)
+        set_policy(model, facts.attached, fitting(model, facts.attached, tokens))

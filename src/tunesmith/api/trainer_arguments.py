@@ -1,0 +1,143 @@
+"""Arguments of TRL's SFTTrainer as scripts of 2024 give them, turned into today's `SFTConfig`.
+
+In 2024 the trainer itself took what is in `SFTConfig` now, and a plain `TrainingArguments` beside it. Where both name
+the same thing differently, that is an error in one sentence; nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from trl.trainer.sft_config import SFTConfig
+
+from tunesmith.api.arguments import Foreign
+from tunesmith.api.facts import Facts
+from tunesmith.contracts.errors import UserError
+
+MOVED: dict[str, str] = {
+    "dataset_kwargs": "dataset_kwargs",
+    "dataset_num_proc": "dataset_num_proc",
+    "dataset_text_field": "dataset_text_field",
+    "eval_packing": "eval_packing",
+    "max_seq_length": "max_length",
+    "neftune_noise_alpha": "neftune_noise_alpha",
+    "packing": "packing",
+}
+"""An argument of the trainer in 2024, and the field of `SFTConfig` that it is today."""
+
+_READ_WHOLE = "Data sets are tokenised whole before training."
+TRAINING: dict[str, Foreign] = {
+    "chars_per_token": Foreign((3.6, None), _READ_WHOLE, "Leave it out."),
+    "dataset_batch_size": Foreign(
+        None, "The size of a batch of the tokeniser changes nothing but its speed."
+    ),
+    "infinite": Foreign((False, None), _READ_WHOLE, "Say how long to train with max_steps."),
+    "model_init": Foreign((None,), "The model is made by FastLanguageModel.", "Give the model itself."),
+    "model_init_kwargs": Foreign((None,), "The model is loaded already.", "Give them to from_pretrained."),
+    "num_of_sequences": Foreign((1024, None), _READ_WHOLE, "Leave it out."),
+}
+"""Further arguments of 2024, accepted or refused."""
+
+
+def _values(args: TrainingArguments) -> dict[str, Any]:
+    values: dict[str, Any] = args.to_dict()
+    hidden = {field.name for field in fields(args) if field.name.endswith("_token")}  # `to_dict` masks them
+    return {
+        name: getattr(args, name) if name in hidden else value
+        for name, value in values.items()
+        if name in {field.name for field in fields(args) if field.init}
+    }
+
+
+def _default(name: str) -> Any:
+    field = next(field for field in fields(SFTConfig) if field.name == name)
+    return field.default if field.default is not MISSING else None
+
+
+def make_config(
+    args: TrainingArguments | None, moved: Mapping[str, Any], model: Any, facts: Facts | None
+) -> SFTConfig:
+    """`SFTConfig` from what a script gives.
+
+    Args:
+        args: today's or the plain arguments; None takes the defaults.
+        moved: arguments of `MOVED` that were given to the trainer.
+        model: whose `max_seq_length` holds where nothing else says how long rows may be.
+        facts: of a model of ours.
+
+    Raises:
+        UserError: two places contradict each other.
+    """
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    kind = type(args) if isinstance(args, SFTConfig) else SFTConfig
+    values = _values(args) if args is not None else _defaults(model, on_gpu)
+    for argument, value in moved.items():
+        field = MOVED[argument]
+        if value is None:
+            continue
+        given = values.get(field, _default(field))
+        if given not in (value, _default(field)):
+            raise UserError(
+                f"SFTTrainer: {argument}={value!r}, and args has {field}={given!r}.",
+                hint="Say it in one place.",
+            )
+        values[field] = value
+    if "max_length" not in values and hasattr(model, "max_seq_length"):
+        values["max_length"] = model.max_seq_length
+    if facts is not None:
+        _leave_memory_to_model(args, values, facts)
+    if not on_gpu:
+        values["dataloader_pin_memory"] = False  # torch warns of it at every loader
+    if not on_gpu and (values.get("fp16") or values.get("fp16_full_eval")):
+        values |= {"fp16": False, "fp16_full_eval": False}
+        line = "tunesmith: fp16 is for GPUs; this CPU computes in float32."
+        print(line, flush=True) if facts is None else facts.say(line)
+    return kind(**values)
+
+
+def _defaults(model: Any, on_gpu: bool) -> dict[str, Any]:
+    name = str(getattr(model.config, "_name_or_path", "model")).rstrip("/").rsplit("/", 1)[-1]
+    return {
+        "output_dir": f"{name}-SFT",
+        "bf16": on_gpu and model.dtype == torch.bfloat16,
+        "fp16": on_gpu and model.dtype == torch.float16,
+    }
+
+
+def _leave_memory_to_model(args: TrainingArguments | None, values: dict[str, Any], facts: Facts) -> None:
+    """What is kept between forward and backward was said to `get_peft_model`; the trainer would overrule it."""
+    if (
+        args is not None
+        and not isinstance(args, SFTConfig)  # where it is on unless somebody switches it off
+        and args.gradient_checkpointing
+        and facts.checkpointing is False
+    ):
+        raise UserError(
+            "SFTTrainer: args has gradient_checkpointing=True, and the model use_gradient_checkpointing=False.",
+            hint="Say it in one place: get_peft_model's use_gradient_checkpointing.",
+        )
+    # newer transformers call it by the second name and keep the first in step with it
+    for name in {
+        "gradient_checkpointing",
+        "activation_checkpointing",
+    } & SFTConfig.__dataclass_fields__.keys():
+        values[name] = False
+
+
+def one_example(formatting: Callable[[Any], Any] | None, dataset: Any) -> Callable[[Any], str] | None:
+    """A formatting function of today, which takes one row and returns its text.
+
+    Those of 2024 take a batch, a dict of lists, and return a list: also when they are given one row.
+    """
+    if formatting is None or not isinstance(formatting(next(iter(dataset))), list):
+        return formatting
+
+    def format_one(example: Mapping[str, Any]) -> str:
+        text: str = formatting({name: [value] for name, value in example.items()})[0]
+        return text
+
+    return format_one

@@ -1,0 +1,41 @@
+"""Errors of the layers below speak of a run file's settings; a caller in Python has arguments."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tunesmith.contracts.errors import UserError
+
+ARGUMENTS = {
+    "model.trust_remote_code: true": "trust_remote_code=True",
+    "model.name": "model_name",
+    "model.revision": "revision",
+    "adapter.path": "model_name",
+    "adapter.targets": "target_modules",
+    "adapter.init_lora_weights": "init_lora_weights",
+    "adapter.layers_to_transform": "layers_to_transform",
+    "adapter.modules_to_save": "modules_to_save",
+    "adapter.rank_pattern": "rank_pattern",
+    "adapter.alpha_pattern": "alpha_pattern",
+    "adapter.new_tokens": "new_tokens",
+    "adapter.use_dora": "use_dora",
+}
+"""A setting, and the argument that says the same."""
+
+_SETTING = re.compile("|".join(re.escape(setting) for setting in ARGUMENTS))
+
+
+@contextmanager
+def in_arguments() -> Iterator[None]:
+    """Within the block a `UserError` names arguments in place of settings."""
+    try:
+        yield
+    except UserError as error:
+        message, hint = (
+            None if text is None else _SETTING.sub(lambda found: ARGUMENTS[found[0]], text)
+            for text in (error.message, error.hint)
+        )
+        assert message is not None
+        raise UserError(message, hint=hint, exit_code=error.exit_code) from error

@@ -1,0 +1,95 @@
+"""`get_chat_template` and `standardize_sharegpt`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from tests.support.tiny import tiny_tokenizer
+from tunesmith import UserError, get_chat_template, is_bfloat16_supported, standardize_sharegpt
+from tunesmith.api.data_helpers import ALIASES
+from tunesmith.data.named_templates import TEMPLATES
+
+TURNS = [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "Four."}]
+SHAREGPT = [{"from": "human", "value": "Two?"}, {"from": "gpt", "value": "Four."}]
+MAPPING = {"role": "from", "content": "value", "user": "human", "assistant": "gpt"}
+
+
+def test_a_template_by_name() -> None:
+    tokenizer = tiny_tokenizer(template=None)
+    assert get_chat_template(tokenizer, "chatml") is tokenizer
+    text = tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert text == "<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\nFour.<|im_end|>\n"
+
+
+def test_the_token_that_ends_an_answer() -> None:
+    tokenizer = tiny_tokenizer(template=None)
+    tokenizer.eos_token = "<|endoftext|>"
+    assert get_chat_template(tokenizer, "qwen-2.5", map_eos_token=False).eos_token == "<|endoftext|>"
+    assert get_chat_template(tokenizer, "qwen-2.5").eos_token == "<|im_end|>"
+    plain = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    assert get_chat_template(tokenizer, (plain, "<|endoftext|>")).eos_token == "<|endoftext|>"
+    assert get_chat_template(tokenizer, plain).eos_token == "<|endoftext|>"
+
+
+def test_a_mapping_reads_other_keys_and_roles() -> None:
+    plain, mapped = tiny_tokenizer(), get_chat_template(tiny_tokenizer(), "chatml", mapping=MAPPING)
+    get_chat_template(plain, "chatml")
+    for turns, theirs in ((TURNS, SHAREGPT), (TURNS[:1], SHAREGPT[:1])):
+        for prompt in (True, False):
+            assert mapped.apply_chat_template(
+                theirs, tokenize=False, add_generation_prompt=prompt
+            ) == plain.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"chat_template": "chatlm"}, "there is no template 'chatlm'.\nDid you mean 'chatml'"),
+        ({"chat_template": "llama-3.1"}, "the tokenizer has no token '<.begin_of_text.>'"),
+        ({"chat_template": ("{{ messages }}", "<end>")}, "has no token '<end>' to end an answer"),
+        ({"mapping": {"rolle": "from"}}, "mapping has 'rolle'"),
+    ],
+)
+def test_templates_that_do_not_fit(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        get_chat_template(tiny_tokenizer(), **arguments)
+
+
+def test_other_names_are_of_templates() -> None:
+    assert set(ALIASES.values()) <= TEMPLATES.keys()
+    assert not ALIASES.keys() & TEMPLATES.keys()
+
+
+def test_sharegpt_becomes_roles_and_contents() -> None:
+    data = Dataset.from_dict({"conversations": [SHAREGPT, SHAREGPT[:1] * 3], "id": [1, 2]})
+    read = standardize_sharegpt(data)
+    assert read["conversations"][0] == TURNS
+    assert len(read["conversations"][1]) == 3
+    assert read["id"] == [1, 2]
+    assert standardize_sharegpt(read, num_proc=1)["conversations"][0] == TURNS
+    other = data.rename_column("conversations", "chat")
+    assert standardize_sharegpt(other, column="chat")["chat"][0] == TURNS
+    stream = standardize_sharegpt(data.to_iterable_dataset())
+    assert next(iter(stream))["conversations"] == TURNS
+
+
+def test_sharegpt_that_cannot_be_read() -> None:
+    with pytest.raises(UserError, match=r"has no column 'conversations'.\nIt has text"):
+        standardize_sharegpt(Dataset.from_dict({"text": ["a"]}))
+    data = Dataset.from_dict({"conversations": [SHAREGPT, [{"from": "narrator", "value": "Once"}]]})
+    with pytest.raises(UserError, match=r"row 1: .*narrator"):
+        standardize_sharegpt(data)
+
+
+def test_bfloat16_is_not_for_cpus(monkeypatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not is_bfloat16_supported()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, expected in (((9, 0), True), ((8, 0), True), ((7, 5), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=0, c=capability: c)
+        assert is_bfloat16_supported() == expected
