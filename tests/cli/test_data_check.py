@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tests.cli.command import exit_code
 from tests.support.tiny import tiny_tokenizer
-from tunesmith.cli import data_check, demo
+from tunesmith.cli import check_text, data_check, demo
 from tunesmith.config import check_data as check_module
 from tunesmith.contracts.errors import UserError
 from tunesmith.data.render import CHATML, NOTE_DATE, Renderer
@@ -175,22 +175,12 @@ def test_a_mistyped_path_is_told_before_a_tokenizer_is_loaded(check, tmp_path: P
     assert "The nearest name there is rows.jsonl" in err
 
 
-def test_a_run_file_is_told_where_it_is_read(check, tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("model: {name: tiny}\n", encoding="utf-8")
-
-    code, out, err = check(tmp_path / "run.yaml")
-
-    assert (code, out) == (2, "")
-    assert "run.yaml is a run file" in err
-    assert f"`tunesmith inspect {tmp_path / 'run.yaml'}`" in err
-
-
 @pytest.mark.parametrize("words", [(), ("--format", "custom"), ("--format", "alpaca")])
 def test_columns_of_other_names_are_told_where_they_belong(check, words: tuple[str, ...]) -> None:
     code, out, err = check([{"User Question": "why", "The Answer": "so"}], *words)
 
     assert (code, out) == (2, "")
-    assert err.endswith("belong into a run file, which `tunesmith inspect` reads.\n")
+    assert err.endswith("belong into a run file: `tunesmith data check run.yaml`.\n")
 
 
 def test_a_table_with_another_separator_is_told_so(check, tmp_path: Path) -> None:
@@ -342,7 +332,7 @@ def test_data_must_not_steer_the_terminal(check) -> None:
 def test_of_a_long_row_the_first_tokens_are_shown(check) -> None:
     _, out, _ = check([{"text": "again " * 3000}], "--sequence-length", 5000)
 
-    assert f"the first {data_check._MOST_TOKENS} of its" in out
+    assert f"the first {check_text.MOST_TOKENS} of its" in out
     assert len(out) < 8000
 
 

@@ -98,7 +98,7 @@ def test_every_stop_is_printed(look, tmp_path: Path) -> None:
     assert "user      how many are 3" in text
     assert "<|im_start|>user\nhow many are 3<|im_end|>\n<|im_start|>assistant\nthere are 3<|im_end|>" in text
     assert "10 rows read, 10 kept, 0 cut" in text
-    assert "9 documents train, 1 are held out" in text
+    assert "9 documents to train on, 1 held out" in text
 
 
 def test_colours_mark_exactly_the_tokens_that_train(look) -> None:
@@ -184,19 +184,19 @@ def test_a_long_row_shows_where_it_is_cut(look) -> None:
 
 def test_a_long_row_that_is_dropped_says_so(look) -> None:
     text = look([LONG, *ROWS[:3]], data={"overlong": "drop"}).text
-    assert "This row is dropped: too long (" in text
-    assert "train.sequence_length is 128)" in text
+    assert "This row is dropped: too long: " in text
+    assert "tokens, the longest row may have 128" in text
     assert "place · none, the row is dropped" in text
 
 
 def test_a_row_whose_answer_lies_behind_the_cut_says_so(look) -> None:
     text = look([pair("again and " * 200, "four"), *ROWS[:3]]).text
-    assert "This row is dropped: nothing to train on within 128 tokens" in text
+    assert "This row is dropped: nothing to train on: within 128 tokens" in text
 
 
 def test_a_held_out_row_says_so(look, tmp_path: Path) -> None:
     held = look(ROWS, data={"eval": [{"path": str(tmp_path / "rows.jsonl")}]}).text
-    assert "10 documents train, 10 are held out" in held
+    assert "10 documents to train on, 10 held out" in held
     places = [look(ROWS, row=n).text.split("place · ")[1] for n in range(10)]
     assert sum(place.startswith("held out") for place in places) == 1
 
@@ -237,3 +237,50 @@ def test_the_command_prints_and_writes_no_run_directory(tiny_model_dir: Path, tm
     assert f"record · {tmp_path / 'rows.jsonl'}:3" in out
     assert "of 64 tokens" in out
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- rows that are several documents, or none
+
+
+def test_tokens_of_another_tokenizer_are_not_shown_as_trained(look) -> None:
+    size = len(tiny_tokenizer())
+    good = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    seen = look([{"input_ids": [5, 6, size], "labels": [-100, 6, size]}, good])
+
+    assert f"This row is dropped: bad tokens: token {size} is none of the {size}" in seen.text
+    assert seen.tokens() == []
+
+
+def test_a_long_text_says_into_what_it_is_split(look) -> None:
+    seen = look([{"text": "again " * 300}, {"text": "short"}], data={"overlong": "split", "overlap": 4})
+
+    assert "split into " in seen.text
+    assert "each with the last 4 tokens of the one before" in seen.text
+    assert seen.of(CUT) == ""
+    assert "place · pack" in seen.text
+
+
+def test_a_joined_text_has_a_place(look) -> None:
+    rows = [{"text": f"text {n}"} for n in range(40)]
+    seen = look(rows, row=7, data={"join_texts": True, "eval": {"fraction": 0}})
+
+    assert "joined with the texts beside it" in seen.text
+    assert "place · pack 1 of" in seen.text
+
+
+def test_each_document_of_a_row_is_shown(look, tmp_path: Path) -> None:
+    template = tmp_path / "thinks.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if loop.last and m.role == 'assistant' %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = []
+    for n in range(2):
+        turns.append({"role": "user", "content": f"q{n}"})
+        turns.append({"role": "assistant", "content": f"a{n}", "reasoning_content": f"t{n}"})
+    seen = look([{"messages": turns}], data={"template": str(template), "prefix_mismatch": "split"})
+
+    assert seen.text.count("rendered text") == 2
+    assert "<think>t0</think>a0" in seen.text
+    assert "note: split at its turns" in seen.text

@@ -45,7 +45,7 @@ def test_what_is_found_is_true(kind: str, text: str) -> None:
     assert anchors.usable
     called = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
     for character in range(len(text) + 1):
-        placed = anchors.find(text, Bare(called.ids), [character])
+        placed = anchors.find(text, Bare(np.array(called.ids, dtype=np.int32)), [character])
         if placed is not None:
             assert placed.place(character) == bisect_left(called.offsets, (character,))
 
@@ -84,12 +84,14 @@ def test_chats_are_found_by_their_control_tokens() -> None:
     )
     anchors = Anchors(tokenizer, Seams(tokenizer, CONTROL), CONTROL)
     ids = tokenizer(row.text, add_special_tokens=False)["input_ids"]
-    placed = anchors.find(row.text, Bare(ids), [place for span in row.spans for place in span])
+    placed = anchors.find(
+        row.text, Bare(np.array(ids, dtype=np.int32)), [place for span in row.spans for place in span]
+    )
     assert placed is not None
     (start, end) = row.spans[0]
     assert tokenizer.decode(ids[placed.place(start) : placed.place(end)]) == "b<|im_end|>"
-    assert anchors.find(row.text, Bare(ids), [row.text.index("b") + 1]) is not None
-    assert anchors.find(row.text, Bare(ids[:-2]), [0]) is None, (
+    assert anchors.find(row.text, Bare(np.array(ids, dtype=np.int32)), [row.text.index("b") + 1]) is not None
+    assert anchors.find(row.text, Bare(np.array(ids[:-2], dtype=np.int32)), [0]) is None, (
         "a control token of the text is not in the ids"
     )
 

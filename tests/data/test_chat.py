@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.data.chat import ROLES, RowProblem, finish_messages, read_messages, read_tools
+from tunesmith.data.formats import Conversation, convert, resolve_format
 from tunesmith.data.reading import Reading
 
 USER = {"role": "user", "content": "Hi"}
@@ -327,7 +328,10 @@ anything = st.recursive(
             st.sampled_from(
                 ["role", "from", "content", "value", "type", "tool_calls", "function", "name", "arguments"]
             ),
-            inner | st.sampled_from(["user", "assistant", "gpt", "tool", "text", "tool_call", "{}"]),
+            inner
+            | st.sampled_from(
+                ["user", "assistant", "gpt", "tool", "text", "tool_call", "tool_use", "tool_result", "{}"]
+            ),
             max_size=4,
         )
     ),
@@ -348,3 +352,83 @@ def test_nothing_but_a_row_problem_comes_out(messages: Any, tools: Any, notation
     except RowProblem:
         return
     assert all(isinstance(message["content"], str) for message in read)
+
+
+# ---------------------------------------------------------------- Anthropic's content parts
+
+
+def test_uses_and_results_of_tools_are_calls_and_turns_of_the_tool() -> None:
+    raw = [
+        {"role": "user", "content": "Weather in Oslo and Rome?"},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "Two calls.", "signature": "x"},
+                {"type": "text", "text": "I look."},
+                {"type": "tool_use", "id": "t1", "name": "weather", "input": {"city": "Oslo"}},
+                {"type": "tool_use", "id": "t2", "name": "weather", "input": {"city": "Rome"}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "t1", "content": "4"},
+                {"type": "tool_result", "tool_use_id": "t2", "content": [{"type": "text", "text": "20"}]},
+                {"type": "text", "text": "And in Lima?"},
+            ],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "Ask there."}]},
+    ]
+    call = [
+        {"id": f"t{n}", "type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+        for n, city in ((1, "Oslo"), (2, "Rome"))
+    ]
+    assert read_messages(raw) == [
+        {"role": "user", "content": "Weather in Oslo and Rome?"},
+        {"role": "assistant", "content": "I look.", "reasoning_content": "Two calls.", "tool_calls": call},
+        {"role": "tool", "content": "4", "tool_call_id": "t1"},
+        {"role": "tool", "content": "20", "tool_call_id": "t2"},
+        {"role": "user", "content": "And in Lima?"},
+        {"role": "assistant", "content": "Ask there."},
+    ]
+
+
+def test_a_result_without_content_is_an_empty_one() -> None:
+    raw = [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1"}]}]
+    assert read_messages(raw, need_answer=False) == [{"role": "tool", "content": "", "tool_call_id": "t1"}]
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ({"type": "tool_use", "id": "t1"}, "bad tool call"),
+        ({"type": "tool_use", "name": "f", "input": "{"}, "bad tool call"),
+        ({"type": "image", "source": {}}, "unsupported content"),
+        ({"type": "redacted_thinking", "data": "x"}, "unsupported content"),
+    ],
+)
+def test_parts_that_cannot_train_are_refused(part: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RowProblem) as caught:
+        read_messages([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": [part]}])
+    assert caught.value.reason == reason
+
+
+def test_a_picture_as_a_result_is_refused() -> None:
+    picture = {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "image", "source": {}}]}
+    with pytest.raises(RowProblem, match="unsupported content"):
+        read_messages([{"role": "user", "content": [picture]}], need_answer=False)
+
+
+def test_signatures_and_system_prompts_in_anthropics_form() -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    record = {
+        "system": [{"type": "text", "text": "Be brief."}],
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}],
+        "tools": [{"name": "weather", "description": "d", "input_schema": schema}],
+    }
+    item = convert(resolve_format("auto", {}, record), record, {})
+    assert isinstance(item, Conversation)
+    assert item.messages[0] == {"role": "system", "content": "Be brief."}
+    assert item.tools == [
+        {"type": "function", "function": {"name": "weather", "description": "d", "parameters": schema}}
+    ]

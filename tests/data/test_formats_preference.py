@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 
+from tunesmith.contracts.errors import DataError
 from tunesmith.data.formats import (
     FORMATS,
     KINDS,
@@ -210,3 +212,115 @@ def test_a_prompt_keeps_the_columns_of_its_reward() -> None:
         read({"prompt": " ", "answer": "4"}, "prompt")
     with pytest.raises(RowProblem, match="no messages"):
         read({"prompt": [], "answer": "4"}, "prompt")
+
+
+# ---------------------------------------------------------------- compared and scored answers
+
+SHP = {
+    "post_id": "1", "domain": "askculinary_train", "history": "Q", "human_ref_A": "good", "human_ref_B": "bad",
+    "labels": 1, "score_A": 9, "score_B": 4, "score_ratio": 2.25,
+}  # fmt: skip
+ULTRA = {
+    "source": "sharegpt", "instruction": "Q", "models": ["m", "n", "o"],
+    "completions": [
+        {"model": "m", "response": "fair", "overall_score": 10.0, "fine-grained_score": 4.0},
+        {"model": "n", "response": "good", "overall_score": 8.0, "fine-grained_score": 4.75},
+        {"model": "o", "response": "bad", "overall_score": 3.0, "fine-grained_score": 1.5},
+    ],
+    "correct_answers": ["None"], "incorrect_answers": ["None"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("record", "name", "margin"),
+    [
+        (SHP, "compared", 5.0),
+        ({**SHP, "human_ref_A": "bad", "human_ref_B": "good", "labels": 0}, "compared", -5.0),
+        # PKU-SafeRLHF: the number of the better one
+        ({"prompt": "Q", "response_0": "good", "response_1": "bad", "better_response_id": 0}, "compared", None),
+        ({"prompt": "Q", "response_0": "bad", "response_1": "good", "better_response_id": 1}, "compared", None),
+        # the chatbot arena
+        ({"conversation_a": [USER, BAD], "conversation_b": [USER, GOOD], "winner": "model_b"}, "compared", None),
+        # WebGPT
+        (
+            {"question": {"full_text": "Q", "id": 1}, "answer_0": "bad", "answer_1": "good", "score_0": -1.0,
+             "score_1": 1.0},
+            "compared",
+            2.0,
+        ),
+        ({"prompt": "Q", "first": "good", "second": "bad", "better": "first"}, "compared", None),
+        (ULTRA, "scored", 3.25),
+        ({"prompt": "Q", "completions": ["fair", "good", "bad"], "scores": [2, 3, 1]}, "scored", 2.0),
+        ({"query": "Q", "completions": [{"answer": "good", "rank": 1}, {"answer": "bad", "rank": 7}]}, "scored", 6.0),
+        ({"query": "Q", "completions": [{"text": "good", "rating": "4"}, {"text": "bad", "rating": 1}]}, "scored", 3),
+    ],
+)  # fmt: skip
+def test_raw_sets_become_pairs(record: dict[str, Any], name: str, margin: float | None) -> None:
+    assert resolve_format("auto", {}, record, kinds=KINDS).name == name
+    assert read(record) == Preference([USER], [GOOD], [BAD], None, margin)
+    imitated = read(record, "chosen")
+    assert isinstance(imitated, Conversation)
+    assert imitated.messages == [USER, GOOD]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({**SHP, "labels": 7}, "bad label"),
+        ({**SHP, "labels": float("nan")}, "bad label"),
+        ({**SHP, "labels": "x" * 1000}, "bad label"),
+        ({**SHP, "human_ref_B": ""}, "empty answer"),
+        ({"prompt": "Q", "first": "good", "second": "bad", "better": "tie"}, "no preference"),
+        ({"prompt": "Q", "answer_0": "a", "answer_1": "b", "score_0": 1, "score_1": 1}, "no preference"),
+        ({"prompt": "Q", "answer_0": "a", "answer_1": "b", "score_0": 1, "score_1": "x"}, "bad label"),
+        ({**ULTRA, "completions": []}, "no preference"),
+        ({**ULTRA, "completions": ULTRA["completions"][:1]}, "no preference"),
+        ({"prompt": "Q", "completions": ["a", "b"], "scores": [1, 1]}, "no preference"),
+        ({"prompt": "Q", "completions": ["a", "b"], "scores": [1]}, "malformed answers"),
+        ({"prompt": "Q", "completions": ["a", "b"]}, "malformed answers"),
+        ({"prompt": "Q", "completions": "ab"}, "malformed answers"),
+        (
+            {"prompt": "Q", "completions": [{"response": "a", "score": "N/A"}, {"response": "b"}]},
+            "malformed answers",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_has_a_reason(record: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RowProblem) as caught:
+        read(record)
+    assert caught.value.reason == reason
+    assert len(caught.value.detail) < 200
+
+
+def test_chosen_still_names_the_column_that_is_missing() -> None:
+    with pytest.raises(DataError, match="The format chosen needs the column 'chosen'"):
+        resolve_format("chosen", {}, {"prompt": "Q", "answer": "A"})
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"id": 1, "title": "t", "context": "c", "question": "q", "answers": {"text": ["a"]}},
+        {"prompt": "Q", "completions": ["a"], "labels": [True]},
+    ],
+)
+def test_other_sets_are_not_taken_for_scored_ones(record: dict[str, Any]) -> None:
+    with contextlib.suppress(DataError):
+        assert resolve_format("auto", {}, record, kinds=KINDS).name not in ("scored", "compared")
+
+
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        ({"dialogue": [USER, GOOD]}, "chat"),
+        ({"dialogue": ["Q", "good"], "topic": "x"}, "chat"),
+        ({"dialogue": "A: hi", "summary": "They greet."}, "pair"),
+        ({"dialogue": "A: hi", "messages": [USER, GOOD], "summary": "S"}, "chat"),
+    ],
+)
+def test_a_dialogue_is_a_chat_unless_it_is_summed_up(record: dict[str, Any], name: str) -> None:
+    assert resolve_format("auto", {}, record).name == name
+    item = read(record, name)
+    assert isinstance(item, Conversation)
+    if record.get("dialogue") != "A: hi":
+        assert [message["content"] for message in item.messages] == ["Q", "good"]

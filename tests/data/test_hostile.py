@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tests.support.tiny import CHATML, tiny_tokenizer
 from tunesmith.contracts.errors import DataError
-from tunesmith.data.formats import RowProblem, convert, resolve_format
+from tunesmith.data.formats import FORMATS, KINDS, Conversation, RowProblem, convert, resolve_format
 from tunesmith.data.named_templates import TEMPLATES
 from tunesmith.data.render import Encoded, Rendered, Renderer
 from tunesmith.data.sources import open_source
@@ -386,11 +386,14 @@ def test_a_template_that_cannot_be_compiled_is_one_error(source: str) -> None:
 # ---------------------------------------------------------------- properties
 
 COLUMNS = ["messages", "conversations", "prompt", "response", "instruction", "input", "output", "text", "tools",
-           "system", "history", "chosen", "rejected", "label"]  # fmt: skip
+           "system", "history", "chosen", "rejected", "label", "dialogue", "completions", "scores", "first", "second",
+           "better", "labels", "human_ref_A", "human_ref_B", "score_first", "score_second"]  # fmt: skip
 KEYS = ["role", "content", "from", "value", "type", "text", "name", "arguments", "function", "tool_calls",
-        "reasoning_content", "weight", "train", "id", "tool_call_id"]  # fmt: skip
+        "reasoning_content", "weight", "train", "id", "tool_call_id", "input", "tool_use_id", "input_schema",
+        "response", "score", "rank", "full_text"]  # fmt: skip
 WORDS = ["user", "assistant", "system", "tool", "text", "function_call", "", "[]", "{}", "null", "<|im_end|>",
-         "<think>", "</think>", '{"name": "f", "arguments": {}}', "<tool_call>", "\ud800", "\0"]  # fmt: skip
+         "<think>", "</think>", "tool_use", "tool_result", "thinking",
+         "model_a", "tie", '{"name": "f", "arguments": {}}', "<tool_call>", "\ud800", "\0"]  # fmt: skip
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(WORDS)
     | st.text(st.characters(exclude_categories=()), max_size=20)
@@ -428,6 +431,54 @@ def comes_through_or_is_a_finding(row: dict[str, Any], renderer: Renderer = REND
 @given(st.dictionaries(st.sampled_from(COLUMNS) | st.text(max_size=8), JSON, max_size=5))
 def test_any_row_comes_through_or_is_a_finding(row: dict[str, Any]) -> None:
     comes_through_or_is_a_finding(row)
+
+
+@PROPERTY
+@given(
+    st.sampled_from(sorted(FORMATS)),
+    st.dictionaries(st.sampled_from(COLUMNS) | st.text(max_size=8), JSON, max_size=6),
+)
+def test_any_row_of_any_format_is_read_or_a_finding(name: str, row: dict[str, Any]) -> None:
+    try:
+        item = convert(resolve_format(name, {}, row, kinds=KINDS), row, {})
+    except (RowProblem, DataError) as finding:
+        said = str(finding)
+    else:
+        said = KINDS[type(item)]
+    assert said.strip()
+
+
+FORGETS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.reasoning_content %}<think>"
+    "{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Writes reasoning in the last turn only."""
+SPLITS = Renderer(tiny_tokenizer(FORGETS), FORGETS, prefix_mismatch="split")
+
+
+@PROPERTY
+@given(
+    st.lists(
+        st.tuples(st.text(max_size=6), st.text("ab", min_size=1, max_size=4), st.booleans()),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_every_turn_of_a_split_row_trains_once_with_its_reasoning(turns: list[tuple[str, str, bool]]) -> None:
+    messages: list[dict[str, Any]] = []
+    for number, (question, answer, thinks) in enumerate(turns):
+        messages.append({"role": "user", "content": question})
+        extra = {"reasoning_content": f"thought {number}"} if thinks else {}
+        messages.append({"role": "assistant", "content": f"{answer}{number}", **extra})
+    texts = SPLITS.documents(Conversation(messages))
+    trained = ["".join(text.text[start:end] for start, end in text.spans) for text in texts]
+    for number, (_, answer, thinks) in enumerate(turns):
+        thought = f"<think>thought {number}</think>" if thinks else ""
+        assert sum(piece.count(f"{thought}{answer}{number}<|im_end|>") for piece in trained) == 1
+    for text in texts:
+        end = text.turns[-1]
+        assert text.text.startswith(SPLITS.prompt(messages[: end.number]))
 
 
 @PROPERTY

@@ -168,10 +168,10 @@ GOLDEN: list[tuple[str, str, list[dict[str, Any]], bool, str]] = [
      LLAMA3 + "Environment: ipython\n" + LLAMA_DATE + "<|eot_id|>"
      + llama3("user", "Given the following functions, please respond with a JSON for a function call with its "
               "proper arguments that best answers the given prompt.\n\nRespond in the format {\"name\": function "
-              "name, \"parameters\": dictionary of argument name and its value}. Do not use variables.\n\n"
+              "name, \"parameters\": dictionary of argument name and its value}.Do not use variables.\n\n"
               + INDENTED + "\n\nOslo?")
      + trained(llama3, "assistant", '{"name": "sky", "parameters": {"city": "Oslo"}}')
-     + llama3("ipython", "rain") + trained(llama3, "assistant", "Rain.")),
+     + llama3("ipython", '"rain"') + trained(llama3, "assistant", "Rain.")),
     ("llama-4", "system", [SYSTEM, *TURNS], False,
      "<|begin_of_text|>" + llama4("system", "Be brief.") + plain_turns(llama4)),
     ("llama-4", "turns", TURNS, False, "<|begin_of_text|>" + plain_turns(llama4)),

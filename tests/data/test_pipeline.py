@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tokenizers import normalizers
 
 from tests.support.tiny import tiny_tokenizer
 from tunesmith.data.formats import FORMATS
@@ -21,6 +22,13 @@ from tunesmith.data.template import CHATML
 from tunesmith.data.tokenize import SourceStream, tokenize_source
 
 RENDERER = Renderer(tiny_tokenizer(), CHATML, prefix_mismatch="context")
+
+
+def threaded() -> Renderer:
+    """A renderer whose tokenizer is given whole texts."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    return Renderer(tokenizer, CHATML)
 
 
 def lines(count: int) -> Iterator[str]:
@@ -63,7 +71,7 @@ def test_the_table_is_that_of_one_batch_after_the_other(tmp_path: Path) -> None:
 def test_threads_end_with_whoever_stops_early() -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     row = Row(0, "rows:1", {"messages": turns}, None)
-    ahead = Pipeline(RENDERER, FORMATS["chat"], {}).ahead([[row] * 300] * 5)
+    ahead = Pipeline(threaded(), FORMATS["chat"], {}).ahead([[row] * 300] * 5)
     first = next(ahead)
     assert len(list(first.documents())) == first.count == 300
     assert tokenize_threads()
@@ -77,7 +85,7 @@ def test_threads_end_when_reading_fails() -> None:
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
-        list(Pipeline(RENDERER, FORMATS["chat"], {}).ahead(batches()))
+        list(Pipeline(threaded(), FORMATS["chat"], {}).ahead(batches()))
     assert not tokenize_threads()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,20 @@ from tests.support.tiny import tiny_tokenizer
 from tunesmith.data.chat import RowProblem
 from tunesmith.data.formats import Conversation
 from tunesmith.data.proof import REASON
-from tunesmith.data.render import NOTE_ALLOWED, NOTE_CONTEXT, NOTE_CUT, Encoded, Renderer
+from tunesmith.data.render import (
+    NOTE_ALLOWED,
+    NOTE_CONTEXT,
+    NOTE_CUT,
+    NOTE_SOME,
+    NOTE_SPLIT,
+    NOTE_THINKING,
+    Encoded,
+    Renderer,
+    resolve_template,
+)
+from tunesmith.data.sources import open_source
 from tunesmith.data.template import CHATML, ChatTemplate
+from tunesmith.data.tokenize import tokenize_source
 
 THINK = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -157,3 +171,99 @@ def test_every_prompt_is_a_prefix_of_the_tokens(template: str) -> None:
         prompt = renderer.tokenizer(renderer.prompt(messages[:number]), add_special_tokens=False)["input_ids"]
         assert encoded.ids[: len(prompt)].tolist() == prompt
         assert encoded.trained[len(prompt)]
+
+
+# ---------------------------------------------------------------- a document for each turn
+
+STRIPPED = THINK.replace("{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+                         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")  # fmt: skip
+"""As `THINK`, and its prompt leaves it to the model to think: the proof holds, but reasoning is lost."""
+
+
+def thoughts(count: int) -> list[dict[str, Any]]:
+    turns = []
+    for n in range(count):
+        turns.append({"role": "user", "content": f"q{n}"})
+        turns.append({"role": "assistant", "content": f"a{n}", "reasoning_content": f"t{n}"})
+    return turns
+
+
+@pytest.mark.parametrize("template", [THINK, STRIPPED])
+def test_a_row_is_split_into_what_a_server_would_show(template: str) -> None:
+    renderer = Renderer(chat_tokenizer(template), template, prefix_mismatch="split")
+    messages = thoughts(3)
+    texts = renderer.documents(Conversation(messages))
+
+    assert len(texts) == 3
+    for number, (text, tokens) in enumerate(zip(texts, renderer.encode(texts), strict=True)):
+        assert text.text == renderer.template.render(messages[: 2 * number + 2], variables={}).text
+        prompt = renderer.prompt(messages[: 2 * number + 1])
+        assert text.text.startswith(prompt)
+        answer = f"t{number}\n</think>\na{number}<|im_end|>"
+        assert trained(renderer, tokens) == (answer if template == THINK else f"<think>\n{answer}")
+        assert NOTE_SPLIT in text.notes
+        assert NOTE_THINKING not in text.notes
+
+
+def test_a_row_that_holds_stays_one_document() -> None:
+    renderer = Renderer(chat_tokenizer(SMOL), SMOL, prefix_mismatch="split")
+    (text,) = renderer.documents(Conversation(talk("Hi", "Hello!", "Bye", "Ciao!")))
+    assert NOTE_SPLIT not in text.notes
+    assert trained(renderer, renderer.encode([text])[0]) == "Hello!<|im_end|>Ciao!<|im_end|>"
+
+    stripped = Renderer(chat_tokenizer(STRIPPED), STRIPPED, prefix_mismatch="split")
+    assert len(stripped.documents(Conversation(talk("Hi", "Hello!", "Bye", "Ciao!")))) == 1
+
+
+def test_turns_behind_one_question_stay_together_where_that_holds() -> None:
+    """Qwen 3 shows the reasoning of a call until the next question."""
+    template = resolve_template("qwen-3", chat_tokenizer(SMOL))
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    asked = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "reasoning_content": "I look.", "tool_calls": [call]},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "Four.", "reasoning_content": "It says 4."},
+    ]
+    renderer = Renderer(chat_tokenizer(template), template, prefix_mismatch="split")
+    texts = renderer.documents(Conversation([*asked, *asked]))
+
+    assert [text.text.count("<|im_start|>assistant") for text in texts] == [2, 4]
+    assert [len(text.turns) for text in texts] == [2, 2]
+    for tokens in renderer.encode(texts):
+        words = trained(renderer, tokens)
+        assert words.count("I look.") == words.count("It says 4.") == words.count("Four.") == 1
+    with pytest.raises(RowProblem, match="prompt is not a prefix"):
+        Renderer(chat_tokenizer(template), template).render(Conversation([*asked, *asked]))
+
+
+def test_what_trains_is_what_the_row_says() -> None:
+    renderer = Renderer(chat_tokenizer(THINK), THINK, prefix_mismatch="split")
+    messages = thoughts(3)
+    messages[3]["train"] = False
+    texts = renderer.documents(Conversation(messages))
+    assert [trained(renderer, tokens)[-12:] for tokens in renderer.encode(texts)] == [
+        "a0<|im_end|>",
+        "a2<|im_end|>",
+    ]
+
+    (last,) = renderer.documents(Conversation(thoughts(3), train_last_only=True))
+    assert NOTE_SPLIT not in last.notes
+
+
+def test_the_documents_of_a_row_are_accounted_for_as_one_row(tmp_path: Path) -> None:
+    rows = [thoughts(3), thoughts(1), thoughts(2)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    renderer = Renderer(chat_tokenizer(THINK), THINK, prefix_mismatch="split")
+    options = {"renderer": renderer, "cache_dir": tmp_path}
+    table = tokenize_source(open_source(path), sequence_length=256, **options)
+    assert [table.row(n) for n in range(len(table))] == [0, 0, 0, 1, 2, 2]
+    assert (table.report.rows_in, table.report.rows_kept) == (3, 3)
+    assert table.report.notes == [f"{NOTE_SPLIT} (2 rows)"]
+
+    room = int(table.lengths[0])
+    short = tokenize_source(open_source(path), sequence_length=room, overlong="drop", **options)
+    assert [short.row(n) for n in range(len(short))] == [0, 1, 2]
+    assert f"{NOTE_SOME} (2 rows)" in short.report.notes
+    assert short.report.rows_kept == 3

@@ -6,6 +6,7 @@ import itertools
 import json
 import threading
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Listed:
                 if row % 4 != 3:
                     ids = np.full(self.lengths[row], row, dtype=np.int32)
                     sink.add(ids, np.ones(len(ids), dtype=bool), row, f"{self.name}:{row}")
-            yield
+            yield row + 1
 
     def fingerprint(self) -> str:
         return self.name
@@ -144,7 +145,7 @@ class Pairs(Listed):
             for joined in (False, True):
                 ids = np.full(self.lengths[row], row, dtype=np.int32)
                 sink.add(ids, np.ones(len(ids), dtype=bool), row, f"{row} {joined}", joined=joined)
-            yield
+            yield row + 1
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -195,6 +196,33 @@ def test_a_token_beyond_the_vocabulary_ends_the_run_with_its_place():
     stream.vocabulary = 30  # `Listed` writes the number of the row as token
     with pytest.raises(DataError, match=r"s0:30 holds token 30, .* for 30 tokens only"):
         take(stream, 50)
+
+
+class Pieces(Listed):
+    """Several documents of a row, which stand for themselves; every third row is none of its own."""
+
+    def feed(self, sink: Any, at: int = 0):
+        for start in range(at, len(self.lengths), 5):
+            rows = range(start, min(start + 5, len(self.lengths)))
+            for row in rows:
+                for piece in range(row % 3 * 4):
+                    ids = np.full(self.lengths[row], row, dtype=np.int32)
+                    sink.add(ids, np.ones(len(ids), dtype=bool), row, f"{self.name}:{row}.{piece}")
+            yield rows[-1] + 1
+
+
+@pytest.mark.parametrize("buffer", [100, 237])
+def test_a_row_of_several_documents_is_gone_on_with_in_its_middle(buffer: int):
+    def begin() -> StreamFeed:
+        plan = BatchPlan(64, packing=True, rows_per_step=2, tokens_per_step=None, seed=5,
+                         mix=Mix("interleave", "all_exhausted"))  # fmt: skip
+        return StreamFeed([Pieces("a", [11] * 23), Pieces("b", [7] * 9)], [1.0, 2.0], plan, buffer)
+
+    whole = take(begin(), 60)
+    for step in range(0, 59, 3):
+        position = json.loads(json.dumps(asdict(whole[step].position)))
+        rest = take(begin(), 59 - step, Position(**position))
+        assert list(map(places, rest)) == list(map(places, whole[step + 1 :]))
 
 
 # ---------------------------------------------------------------- real sources
@@ -312,3 +340,13 @@ def test_a_stream_reads_rows_as_the_settings_say(tmp_path: Path):
     documents = all_of(streamed(path, reading=reading))
     assert RENDERER.tokenizer.decode(documents.ids(0)[documents.trained(0)]) == "Where?<|im_end|>"
     assert streamed(path, reading=reading).fingerprint() != streamed(path).fingerprint()
+
+
+def test_a_row_is_named_once_however_often_it_is_read(tmp_path: Path):
+    stream = streamed(rows_file(tmp_path / "rows.jsonl", 30, broken=7))
+    for _ in range(3):
+        all_of(stream)
+
+    assert stream.report.dropped == {"unreadable": 3}
+    assert [line for line in stream.report.examples if "rows.jsonl:8" in line] == stream.report.examples
+    assert len(stream.report.examples) == 1

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from tests.support.runs import build, run_settings, train, write_rows
 from tunesmith.config.load import load_settings
+from tunesmith.config.summary import print_result
 from tunesmith.contracts.errors import ConfigError, UserError
 from tunesmith.contracts.events import Evaluated
 from tunesmith.data.stream import StreamFeed
@@ -177,3 +178,33 @@ def test_another_mix_is_another_run(settings):
     train(settings(train={"steps": 2}))
     with pytest.raises(UserError, match=r"data\.mix was None"):
         train(settings(train={"steps": 4}, data={"mix": {"strategy": "interleave"}}))
+
+
+def test_the_losses_of_sources_are_in_the_summary(settings):
+    result = train(settings(data={"eval": {"fraction": 0.2}}, train={"steps": 2}))
+    evals = [
+        event["by_source"] for event in read_events(result.dir / "events.jsonl") if event["event"] == "eval"
+    ]
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_result(console, result)
+    printed = console.export_text()
+    assert len(result.by_source) == 2
+    for name, losses in result.by_source.items():
+        assert losses == (evals[0][name], evals[-1][name])
+        assert f"{name}: {losses[0]:.4f} → {losses[1]:.4f}" in printed
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("data", [{"overlong": "split", "overlap": 4}, {"join_texts": True}])
+def test_texts_in_pieces_train(settings, tmp_path, streamed: bool, data: dict[str, Any]):
+    """From a table and from a stream."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": "again " * (n * 29 % 97 + 2)}) + "\n" for n in range(30)))
+    made = settings(train={"steps": 4}, output={"save_every": 2})
+    made["data"] |= {"train": [{"path": str(texts)}], "eval": {"fraction": 0}, **data}
+    if streamed:
+        made["data"] |= {"streaming": True, "buffer_tokens": 500}
+    whole = train(made)
+    losses = [event["loss"] for event in read_events(whole.dir / "events.jsonl") if event["event"] == "step"]
+    assert len(losses) == 4
+    assert all(map(math.isfinite, losses))

@@ -12,12 +12,14 @@ from rich.rule import Rule
 from rich.text import Text as Rich
 
 from tunesmith.contracts.errors import DataError
+from tunesmith.contracts.plural import counted
 from tunesmith.settings.run import RunSettings
 
 if TYPE_CHECKING:
     from tunesmith.config.prepare_data import PreparedData
+    from tunesmith.data.cutting import Fit
     from tunesmith.data.formats import Supervised
-    from tunesmith.data.render import Encoded, Rendered
+    from tunesmith.data.render import Encoded, Rendered, Renderer
     from tunesmith.data.sources import Row
 
 _TRAINED = ("black on green3", "black on pale_green3")
@@ -39,12 +41,15 @@ def inspect_row(settings: RunSettings, console: Console, *, row: int, source: in
     if source >= len(settings.data.train):
         raise DataError(f"There is no source {source}: data.train lists {len(settings.data.train)}.")
     with console.status("loading libraries"):
-        from tunesmith.config.check_kinds import legible
-        from tunesmith.config.prepare_data import make_renderer, open_settings_source, reading_of
+        from tunesmith.config.prepare_data import (
+            make_renderer,
+            open_settings_source,
+            reading_of,
+            tokenizer_of,
+        )
         from tunesmith.data.chat import RowProblem
-        from tunesmith.data.formats import Supervised, convert
+        from tunesmith.data.formats import Supervised, Text, convert
         from tunesmith.data.tokenize import find_format
-        from tunesmith.models.loader import load_tokenizer
         from tunesmith.training.quiet import quiet_libraries
 
     quiet_libraries()
@@ -55,11 +60,8 @@ def inspect_row(settings: RunSettings, console: Console, *, row: int, source: in
     picked = next(islice(rows, row, None), None)
     if picked is None:
         raise DataError(f"{chosen.path} has no row {row}; rows are counted from 0.")
-    model = settings.model
     with console.status("loading the tokenizer"):
-        tokenizer = load_tokenizer(
-            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+        tokenizer = tokenizer_of(settings)
     renderer = make_renderer(settings, tokenizer)
     _print_record(console, picked)
     if picked.record is None:
@@ -69,19 +71,36 @@ def inspect_row(settings: RunSettings, console: Console, *, row: int, source: in
             item = convert(found, picked.record, dict(chosen.columns))
             assert isinstance(item, Supervised), "a format of another kind was accepted"
             _print_item(console, item, found.name)
-            rendered = renderer.render(item)
-            _print_text(console, rendered)
-            encoded = renderer.encode([rendered])[0]
-            if encoded.problem is not None:
-                raise encoded.problem
-            for note in encoded.notes:
-                console.print(f"note: {note}", style="yellow", markup=False)
-            limit = settings.train.sequence_length
-            print_tokens(console, *legible(rendered, encoded, tokenizer), limit)
-            _print_limit(console, encoded, limit, settings.data.overlong)
+            for rendered in renderer.documents(item):
+                _print_document(console, settings, renderer, rendered)
         except RowProblem as problem:
             console.print(f"This row is dropped: {problem}", style="red", markup=False)
-    _print_place(console, settings, tokenizer, picked, source)
+    joined = settings.data.join_texts and found.kind is Text
+    _print_place(console, settings, tokenizer, picked, source, joined=joined)
+
+
+def _print_document(console: Console, settings: RunSettings, renderer: Renderer, rendered: Rendered) -> None:
+    """The text and the tokens of a document, and what becomes of it.
+
+    Raises:
+        RowProblem: found out on the tokens.
+    """
+    from tunesmith.config.check_kinds import foreign, legible
+    from tunesmith.data.cutting import Fit
+
+    _print_text(console, rendered)
+    encoded = renderer.encode([rendered])[0]
+    problem = encoded.problem or foreign(rendered, encoded, renderer.tokenizer)
+    if problem is not None:
+        raise problem
+    for note in encoded.notes:
+        console.print(f"note: {note}", style="yellow", markup=False)
+    limit = settings.train.sequence_length
+    fit = Fit(limit, settings.data.overlong, settings.data.overlap, settings.data.join_texts)
+    whole = rendered.plain and not fit.truncates(encoded, plain=True)
+    shown = len(encoded.ids) if whole else limit
+    print_tokens(console, *legible(rendered, encoded, renderer.tokenizer), shown)
+    _print_fit(console, encoded, fit, plain=rendered.plain)
 
 
 def _stop(console: Console, title: str) -> None:
@@ -174,21 +193,33 @@ def print_tokens(
         console.print(f"{what}:\n{spans}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _print_limit(console: Console, encoded: Encoded, limit: int, overlong: str) -> None:
-    """What becomes of a row that is too long or trains nothing."""
-    length = len(encoded.ids)
-    if length > limit and overlong != "truncate":
-        reason = f"too long ({length} tokens, train.sequence_length is {limit})"
-    elif not encoded.trained[:limit].any():
-        reason = f"nothing to train on within {limit} tokens" if length > limit else "nothing to train on"
-    else:
-        if length > limit:
-            console.print(f"cut to {limit} of its {length} tokens (train.sequence_length)", style="yellow")
+def _print_fit(console: Console, encoded: Encoded, fit: Fit, *, plain: bool) -> None:
+    """What becomes of a document that is too long, trains nothing, or is joined with others.
+
+    Raises:
+        RowProblem: it is dropped.
+    """
+    from tunesmith.data.chat import RowProblem
+
+    length, limit = len(encoded.ids), fit.sequence_length
+    if plain and fit.join_texts:
+        console.print(f"joined with the texts beside it into documents of {limit} tokens", style="yellow")
         return
-    console.print(f"This row is dropped: {reason}", style="red", markup=False)
+    pieces = fit.documents(encoded, plain=plain)
+    if isinstance(pieces, RowProblem):
+        raise pieces
+    if len(pieces) > 1:
+        overlap = (
+            f", each with the last {counted(fit.overlap, 'token')} of the one before" if fit.overlap else ""
+        )
+        console.print(f"split into {len(pieces)} documents of up to {limit} tokens{overlap}", style="yellow")
+    elif length > limit:
+        console.print(f"cut to {limit} of its {length} tokens (train.sequence_length)", style="yellow")
 
 
-def _print_place(console: Console, settings: RunSettings, tokenizer: Any, row: Row, source: int) -> None:
+def _print_place(
+    console: Console, settings: RunSettings, tokenizer: Any, row: Row, source: int, *, joined: bool
+) -> None:
     from tunesmith.config.prepare_data import batch_plan, prepare_data
     from tunesmith.data.batches import rows_of_epoch, steps_of_epoch
 
@@ -197,7 +228,7 @@ def _print_place(console: Console, settings: RunSettings, tokenizer: Any, row: R
         return
     with console.status("preparing the whole set"):
         data = prepare_data(settings, tokenizer)
-    document = _document_of(data, row, source)
+    document = _document_of(data, row, source, joined=joined)
     if document is None:
         _stop(console, "place · none, the row is dropped")
     elif document in data.held_out_N:
@@ -221,9 +252,16 @@ def _print_place(console: Console, settings: RunSettings, tokenizer: Any, row: R
     _print_counts(console, data)
 
 
-def _document_of(data: PreparedData, row: Row, source: int) -> int | None:
+def _document_of(data: PreparedData, row: Row, source: int, *, joined: bool) -> int | None:
+    """The first document of a row; of joined texts the one in which it begins."""
+    from tunesmith.data.table import TokenTable
+
     table = data.corpus.sources[source]
     before = sum(len(other) for other in data.corpus.sources[:source])
+    if joined:
+        assert isinstance(table, TokenTable), "a stream has no places"
+        at = np.flatnonzero(table.rows <= row.index)
+        return before + int(at[-1]) if at.size else None
     return next((before + i for i in range(len(table)) if table.where(i) == row.where), None)
 
 
@@ -240,7 +278,7 @@ def _print_pack(
     bar.append("·" * max(0, width - round(used / capacity * width)), style="dim")
     console.print(bar)
     console.print(
-        f"{len(documents)} documents, {used} of {capacity} tokens; this row is the one in green",
+        f"{counted(len(documents), 'document')}, {used} of {capacity} tokens; this row is the one in green",
         highlight=False,
     )
 
@@ -250,7 +288,7 @@ def _print_counts(console: Console, data: PreparedData) -> None:
     for name, report in data.reports:
         share = report.trained_tokens / report.tokens if report.tokens else 0.0
         console.print(
-            f"{name}: {report.rows_in:,} rows read, {report.rows_kept:,} kept, {report.truncated:,} cut; "
+            f"{name}: {counted(report.rows_in, 'row')} read, {report.rows_kept:,} kept, {report.truncated:,} cut; "
             f"{report.tokens:,} tokens, {report.trained_tokens:,} trained on ({share:.0%})",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
@@ -259,5 +297,6 @@ def _print_counts(console: Console, data: PreparedData) -> None:
         for example in report.examples:
             console.print(f"  {example}", style="dim", markup=False, soft_wrap=True)
     console.print(
-        f"{len(data.train_N):,} documents train, {len(data.held_out_N):,} are held out", highlight=False
+        f"{counted(len(data.train_N), 'document')} to train on, {len(data.held_out_N):,} held out",
+        highlight=False,
     )

@@ -95,37 +95,47 @@ def demo(overrides: Overrides = None) -> None:
 
 
 @data_app.command(
-    epilog="Example: tunesmith data check train.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct"
+    epilog="Examples: tunesmith data check train.jsonl --html report.html; tunesmith data check run.yaml"
 )
 def check(
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="A file, folder, glob pattern or hub data set.")
+        str,
+        typer.Argument(metavar="PATH", help="A file, folder, glob pattern, hub data set, or a run file."),
     ],
+    overrides: Overrides = None,
     model: Annotated[
         str | None, typer.Option(help="Whose tokenizer and template; the demo's by default.")
     ] = None,
     format: Annotated[str, typer.Option(help="A format of data.train, or auto.")] = "auto",  # noqa: A002
     template: Annotated[str, typer.Option(help="A chat template, as data.template has it.")] = "auto",
-    sequence_length: Annotated[int, typer.Option(min=8, help="Longest row in tokens.")] = 2048,
-    rows: Annotated[int | None, typer.Option(min=1, help="Read only the first rows.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=8, help="Longest row in tokens; 2,048 by default.")
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="Data that measures; rows that PATH has, too, are found.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Read only the first rows of each source.")] = None,
+    html: Annotated[str | None, typer.Option(help="Write the report with pictures to this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what a data set would train on. Exit 0: all of it as it stands; 1: not all; 2: it cannot be read."""
+    """Say what data would train on. Exit 0: all of it as it stands; 1: not all; 2: it cannot be read."""
     from rich.console import Console
 
-    from tunesmith.cli.data_check import check_and_print
+    from tunesmith.cli.data_check import Options, check_and_print
 
-    clean = check_and_print(
+    options = Options(
         path,
-        Console(),
+        overrides or (),
         model=model,
-        as_json=json,
         format=format,
         template=template,
         sequence_length=sequence_length,
+        held_out=held_out,
         most_rows=rows,
+        as_json=json,
+        html=html,
     )
-    raise typer.Exit(0 if clean else 1)
+    raise typer.Exit(0 if check_and_print(options, Console()) else 1)
 
 
 def _sentence(error: Exception) -> tuple[str, int]:

@@ -18,6 +18,7 @@ from tunesmith.data.formats import (
     Labelled,
     Preference,
     Prompt,
+    RowProblem,
     Segments,
     Stepwise,
     Text,
@@ -36,7 +37,7 @@ def _answer(
 
 
 def _alone(item: Any, renderer: Renderer) -> tuple[list[Rendered], Counts]:
-    return [renderer.render(item)], {}
+    return renderer.documents(item), {}
 
 
 def _segments(item: Segments, renderer: Renderer) -> tuple[list[Rendered], Counts]:
@@ -88,6 +89,16 @@ def documents_of(item: Item, renderer: Renderer) -> tuple[list[Rendered], Counts
         RowProblem: the row cannot be rendered.
     """
     return KINDS[type(item)](item, renderer)
+
+
+def foreign(rendered: Rendered, encoded: Encoded, tokenizer: Any) -> RowProblem | None:
+    """What is wrong with a row that was tokenised elsewhere with another tokenizer, where it shows."""
+    if rendered.tokens is None:
+        return None
+    known, highest = len(tokenizer), int(encoded.ids.max(initial=0))
+    if highest < known:
+        return None
+    return RowProblem("bad tokens", f"token {highest} is none of the {known:,} of this tokenizer")
 
 
 def legible(rendered: Rendered, encoded: Encoded, tokenizer: Any) -> tuple[Rendered, Encoded]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from tunesmith.config.result import RunResult
+from tunesmith.config.result import RunResult, losses_by_source
 from tunesmith.config.run_dir import (
     claimed_run_dir,
     refuse_several_processes,
@@ -82,7 +82,8 @@ def _execute(
         console.print("\n".join(lines), style="dim", markup=False, highlight=False, soft_wrap=True)
     result = _save(run, folder, outcome) if outcome.reason != "interrupted" else None
     curve = folder / "loss.png"
-    drawn = draw_loss_curve(read_events(folder / "events.jsonl"), curve)
+    events = read_events(folder / "events.jsonl")
+    drawn = draw_loss_curve(events, curve)
     if result is not None:
         print_answers(console, questions, before, _answers(run, questions, answer_tokens))
     finished = RunResult(
@@ -95,6 +96,7 @@ def _execute(
         last_eval=outcome.last_eval,
         tokens=outcome.tokens,
         seconds=outcome.seconds,
+        by_source=losses_by_source(events),
     )
     print_result(console, finished)
     return finished

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from tunesmith.data.sources import Source, open_source
 from tunesmith.data.stream import StreamFeed
 from tunesmith.data.table import DataReport, TokenTable
 from tunesmith.data.tokenize import SourceStream, default_cache_dir, tokenize_source
+from tunesmith.models.loader import load_tokenizer
+from tunesmith.models.vocabulary import extend_tokenizer
 from tunesmith.settings.data import HeldOutSettings, SourceSettings
 from tunesmith.settings.run import RunSettings, tokens_of_global_batch
 
@@ -51,6 +54,25 @@ class PreparedData:
     feed: TableFeed | StreamFeed
     reports: tuple[tuple[str, DataReport], ...]
     fingerprint: str
+
+    @property
+    def documents_are_rows(self) -> bool:
+        """Whether each row of the tables is one document: none was split or joined."""
+        return len(self.corpus) == sum(
+            table.report.rows_kept for table in self.corpus.sources if isinstance(table, TokenTable)
+        )
+
+
+def tokenizer_of(settings: RunSettings) -> Any:
+    """The tokenizer of the run's model, with the tokens that the run adds.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    model = settings.model
+    tokenizer = load_tokenizer(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    extend_tokenizer(tokenizer, settings.adapter.new_tokens)
+    return tokenizer
 
 
 def make_renderer(settings: RunSettings, tokenizer: Any) -> Renderer:
@@ -90,6 +112,18 @@ def reading_of(source: SourceSettings) -> Reading:
     )
 
 
+def names_of(sources: Sequence[SourceSettings]) -> list[str]:
+    """What reports and losses call sources: their paths, and where a path is there twice what tells them apart."""
+    paths = Counter(source.path for source in sources)
+    names: list[str] = []
+    for source in sources:
+        parts = [part for part in (source.name, source.split, source.revision) if part]
+        name = f"{source.path} ({', '.join(parts)})" if paths[source.path] > 1 and parts else source.path
+        same = names.count(name)
+        names.append(f"{name} #{same + 1}" if same else name)
+    return names
+
+
 def _row_options(settings: RunSettings, source: SourceSettings, renderer: Renderer) -> dict[str, Any]:
     """What decides the tokens of a row, for a table and a stream alike."""
     return {
@@ -99,6 +133,8 @@ def _row_options(settings: RunSettings, source: SourceSettings, renderer: Render
         "renderer": renderer,
         "sequence_length": settings.train.sequence_length,
         "overlong": settings.data.overlong,
+        "overlap": settings.data.overlap,
+        "join_texts": settings.data.join_texts,
         "malformed": settings.data.malformed,
     }
 
@@ -111,6 +147,7 @@ def _tokenize(
         open_settings_source(source),
         **_row_options(settings, source, renderer),
         cache_dir=cache,
+        workers=None if settings.data.workers == "auto" else settings.data.workers,
         progress=None if progress is None else lambda rows: progress(source.path, rows),
     )
 
@@ -129,7 +166,7 @@ def prepare_data(settings: RunSettings, tokenizer: Any, progress: Progress | Non
         return _stream(settings, renderer, held, progress)
     sources = [*settings.data.train, *held]
     tables = [_tokenize(settings, source, renderer, progress) for source in sources]
-    names = [source.path for source in sources]
+    names = [*names_of(settings.data.train), *names_of(held)]
     corpus = Corpus(tables, [source.weight for source in sources], names)
     in_training = sum(len(table) for table in tables[: len(settings.data.train)])
     if isinstance(settings.data.eval, HeldOutSettings):
@@ -181,11 +218,10 @@ def _stream(
     weights = [source.weight for source in settings.data.train]
     feed = StreamFeed(streams, weights, batch_plan(settings), settings.data.buffer_tokens)
     tables = [_tokenize(settings, source, renderer, progress) for source in held]
-    corpus = Corpus(tables, names=[source.path for source in held])
-    reports = [
-        *((source.path, stream.report) for source, stream in zip(settings.data.train, streams, strict=True)),
-        *((source.path, table.report) for source, table in zip(held, tables, strict=True)),
-    ]
+    names = [*names_of(settings.data.train), *names_of(held)]
+    corpus = Corpus(tables, names=names[len(streams) :])
+    found = [*(stream.report for stream in streams), *(table.report for table in tables)]
+    reports = list(zip(names, found, strict=True))
     key = content_key({"stream": feed.fingerprint(), "held out": _fingerprint(tables)})
     none, everything = np.empty(0, dtype=np.int64), np.arange(len(corpus))
     return PreparedData(renderer, corpus, none, everything, feed, tuple(reports), key)

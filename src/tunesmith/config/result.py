@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,7 @@ class RunResult:
         last_eval: held-out loss at the end.
         tokens: tokens trained on by this process.
         seconds: wall time of training.
+        by_source: held-out losses of each source, the first and the last one; empty where there is only one.
     """
 
     dir: Path
@@ -31,3 +34,14 @@ class RunResult:
     last_eval: float | None
     tokens: int
     seconds: float
+    by_source: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def losses_by_source(events: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """The first and the last held-out loss of each source, from the events of a run."""
+    measured = [event.get("by_source") or {} for event in events if event.get("event") == "eval"]
+    return {
+        name: (float(measured[0][name]), float(loss))
+        for name, loss in (measured[-1] if measured else {}).items()
+        if name in measured[0]
+    }

@@ -31,6 +31,9 @@ _LONGEST_HEADER = 256
 class Bare:
     """Tokens without their characters.
 
+    Args:
+        ids_T: int32 `[T]`.
+
     Attributes:
         ids: as a list.
         ids_T: int32 `[T]`, the same.
@@ -38,9 +41,9 @@ class Bare:
 
     __slots__ = ("ids", "ids_T")
 
-    def __init__(self, ids: list[int]) -> None:
-        self.ids = ids
-        self.ids_T: NDArray[np.int32] = np.array(ids, dtype=np.int32)
+    def __init__(self, ids_T: NDArray[np.int32]) -> None:
+        self.ids_T = ids_T
+        self.ids: list[int] = ids_T.tolist()
 
     @property
     def offsets(self) -> Offsets:
@@ -51,13 +54,19 @@ class Bare:
 
 
 class Placed(Bare):
-    """Tokens with the places that were asked for."""
+    """Tokens with the places that were asked for.
 
-    __slots__ = ("_places",)
+    Attributes:
+        checked: the places before which the tokens were compared, from the last control token on, as `Seams.check`
+            does.
+    """
 
-    def __init__(self, tokens: Bare, places: dict[int, int]) -> None:
+    __slots__ = ("_places", "checked")
+
+    def __init__(self, tokens: Bare, places: dict[int, int], checked: set[int]) -> None:
         self.ids, self.ids_T = tokens.ids, tokens.ids_T
         self._places = places
+        self.checked = checked
 
     def place(self, character: int) -> int:
         """As in `seams.Tokenised`, for the characters that `Anchors.find` was given."""
@@ -98,6 +107,7 @@ class Anchors:
             return None
         starts = [start for start, _ in matches]
         places = {}
+        checked = set()
         for character in characters:
             if character == 0:
                 places[character] = 0
@@ -110,12 +120,16 @@ class Anchors:
                 header = text[starts[number] : character]
                 if len(header) > _LONGEST_HEADER and matches[number][1] != character:
                     return None
-                tail = [ids[place]] if matches[number][1] == character else self._seams.header(header)
-                if ids[place : place + len(tail)] != tail:
-                    return None
-                place += len(tail)
+                if matches[number][1] == character:
+                    place += 1
+                else:
+                    tail = self._seams.header(header)
+                    if ids[place : place + len(tail)] != tail:
+                        return None
+                    place += len(tail)
+                    checked.add(character)
             places[character] = place
-        return Placed(tokens, places)
+        return Placed(tokens, places, checked)
 
 
 def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:

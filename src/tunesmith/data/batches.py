@@ -62,7 +62,8 @@ class Corpus:
 
     Args:
         sources: tokenised sources. One with an array `groups` (int64 `[N]`, equal for neighbours that belong
-            together) has groups; in others each document is one of its own.
+            together) has groups; in others each document is one of its own. So with `rows`, the data rows, whose
+            documents are held out together.
         weights: average number of appearances of a document per epoch, one per source; under `interleave` the
             sources' shares.
         names: what reports call the sources.
@@ -80,12 +81,17 @@ class Corpus:
         self._starts = np.cumsum([0, *(len(source) for source in self.sources)])
         lengths = [np.asarray(source.lengths, dtype=np.int64) for source in self.sources]
         self.lengths = np.concatenate([np.empty(0, dtype=np.int64), *lengths])
-        firsts = [_first_of_group(source) for source in self.sources]
-        self._first_N = np.concatenate([np.empty(0, dtype=np.bool_), *firsts])
+        self._first_N = self._firsts_by("groups")
+        self._first_of_row_N = self._firsts_by("rows") & self._first_N
         self._grouped = not self._first_N.all()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def _firsts_by(self, name: str) -> NDArray[np.bool_]:
+        """bool `[N]`, whether a document has another number in an array of its source than the one before it."""
+        firsts = [_first_of_group(source, name) for source in self.sources]
+        return np.concatenate([np.empty(0, dtype=np.bool_), *firsts])
 
     def locate(self, document: int) -> tuple[Documents, int]:
         """The source of a document and its index there."""
@@ -130,16 +136,10 @@ class Corpus:
     def hold_out(
         self, fraction: float, max_rows: int | None, seed: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Split the document numbers into (train, held out); at least one document stays in training."""
-        firsts = self.firsts(np.arange(len(self)))
-        count = min(round(len(firsts) * fraction), max_rows or len(firsts), len(firsts) - 1)
-        if fraction > 0 and len(firsts) > 1:
-            count = max(count, 1)
-        order = _generator(seed, 0, _HELD_OUT).permutation(len(firsts))
-        held_N = np.zeros(len(firsts), dtype=np.bool_)
-        held_N[order[:count]] = True
-        if self._grouped:
-            held_N = np.repeat(held_N, self._sizes()[firsts])
+        """Split the document numbers into (train, held out); all documents of a data row lie on one side."""
+        firsts = np.flatnonzero(self._first_of_row_N)
+        held_N = hold_out(len(firsts), fraction, max_rows, seed)
+        held_N = np.repeat(held_N, np.diff(np.append(firsts, len(self))))
         return np.flatnonzero(~held_N), np.flatnonzero(held_N)
 
     def draw(
@@ -154,9 +154,19 @@ class Corpus:
         return draw_epoch(own, self.weights, mix, _generator(seed, epoch, _DOCUMENTS))
 
 
-def _first_of_group(source: Documents) -> NDArray[np.bool_]:
-    """bool `[N]`, whether a document begins a group."""
-    groups_N = getattr(source, "groups", None)
+def hold_out(count: int, fraction: float, max_rows: int | None, seed: int) -> NDArray[np.bool_]:
+    """bool `[count]`, which of that many rows are held out; at least one stays in training."""
+    held = min(round(count * fraction), max_rows or count, count - 1)
+    if fraction > 0 and count > 1:
+        held = max(held, 1)
+    held_N = np.zeros(count, dtype=np.bool_)
+    held_N[_generator(seed, 0, _HELD_OUT).permutation(count)[: max(0, held)]] = True
+    return held_N
+
+
+def _first_of_group(source: Documents, name: str) -> NDArray[np.bool_]:
+    """bool `[N]`, whether a document begins a group; without the array each is one of its own."""
+    groups_N = getattr(source, name, None)
     first_N = np.ones(len(source), dtype=np.bool_)
     if groups_N is not None:
         first_N[1:] = groups_N[1:] != groups_N[:-1]

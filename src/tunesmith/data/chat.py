@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 from tunesmith.data.reading import (
@@ -79,27 +80,44 @@ EXCHANGES = (
 _THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
-def _add_text(message: Message, value: Any) -> None:
-    message["content"] += as_text(value, "a text part")
+def _part_value(part: dict[str, Any]) -> Any:
+    """What a content part holds: under `value`, `text`, or the name of its type."""
+    value = first_of(part, ("value", "text", part["type"]))
+    return "" if value is None else value
 
 
-def _add_reasoning(message: Message, value: Any) -> None:
-    message["reasoning_content"] = message.get("reasoning_content", "") + as_text(value, "a reasoning part")
+def _add_text(message: Message, part: dict[str, Any]) -> None:
+    message["content"] += as_text(_part_value(part), "a text part")
+
+
+def _add_reasoning(message: Message, part: dict[str, Any]) -> None:
+    text = as_text(_part_value(part), "a reasoning part")
+    message["reasoning_content"] = message.get("reasoning_content", "") + text
 
 
 def _add_calls(message: Message, value: Any) -> None:
     message["tool_calls"] = [*message.get("tool_calls", []), *read_calls(value)]
 
 
-PARTS: dict[str, Callable[[Message, Any], None]] = {
+def _add_call_part(message: Message, part: dict[str, Any]) -> None:
+    _add_calls(message, _part_value(part))
+
+
+def _add_tool_use(message: Message, part: dict[str, Any]) -> None:
+    call = {"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input")}
+    _add_calls(message, call)
+
+
+PARTS: dict[str, Callable[[Message, dict[str, Any]], None]] = {
     "text": _add_text,
     "input_text": _add_text,
     "output_text": _add_text,
     "reasoning": _add_reasoning,
     "thinking": _add_reasoning,
-    "tool_call": _add_calls,
-    "tool_calls": _add_calls,
-    "function_call": _add_calls,
+    "tool_call": _add_call_part,
+    "tool_calls": _add_call_part,
+    "function_call": _add_call_part,
+    "tool_use": _add_tool_use,
 }
 """Types of content parts and what they add to the message."""
 
@@ -123,8 +141,7 @@ def _read_content(message: Message, content: Any, what: str) -> None:
         add = PARTS.get(kind) if isinstance(kind, str) else None
         if add is None:
             raise RowProblem("unsupported content", f"{what} has a part of type {kind!r}; only text trains")
-        value = first_of(part, ("value", "text", str(kind)))
-        add(message, "" if value is None else value)
+        add(message, part)
 
 
 def _read_role(raw: dict[str, Any], reading: Reading, what: str) -> str:
@@ -229,6 +246,35 @@ def _pair_up(turns: list[Any]) -> list[Any]:
     return messages
 
 
+_RESULT = "tool_result"
+
+
+def _results_apart(raw: Any, reading: Reading) -> list[Any]:
+    """A message whose content parts are results of tools, as Anthropic has it, as a message of the tool for each.
+
+    What the user says beside them stays his own, before or behind them as it stands.
+    """
+    key = reading.content_key or "content"
+    parts = raw.get(key) if isinstance(raw, dict) else None
+    if isinstance(parts, dict):
+        parts = [parts]
+    if not isinstance(parts, list) or not any(map(_is_result, parts)):
+        return [raw]
+    messages: list[Any] = []
+    for is_result, group in groupby(parts, key=_is_result):
+        if not is_result:
+            messages.append({**raw, key: list(group)})
+            continue
+        for part in group:
+            result = {"role": "tool", "content": part.get("content") or ""}
+            messages.append({**result, "tool_call_id": part.get("tool_use_id")})
+    return messages
+
+
+def _is_result(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == _RESULT
+
+
 def read_messages(raw: Any, reading: Reading = AS_USUAL, *, need_answer: bool = True) -> list[Message]:
     """All messages of a conversation, in their order.
 
@@ -247,6 +293,7 @@ def read_messages(raw: Any, reading: Reading = AS_USUAL, *, need_answer: bool = 
         raise RowProblem("no messages")
     if reading.role_key is None:
         messages = _pair_up(messages)
+    messages = [message for raw in messages for message in _results_apart(raw, reading)]
     read = [read_message(message, number, reading) for number, message in enumerate(messages)]
     if need_answer and all(message["role"] != "assistant" for message in read):
         raise RowProblem("no assistant turn")

@@ -12,6 +12,7 @@ from itertools import count
 from typing import Any
 
 from tunesmith.contracts.errors import DataError
+from tunesmith.contracts.hub import offline_if_unreachable
 from tunesmith.data.columnar import without_nulls
 from tunesmith.data.found import Found
 
@@ -87,6 +88,8 @@ class HubRows:
         if self._loaded is None:
             import datasets
 
+            if offline_if_unreachable():
+                datasets.config.HF_HUB_OFFLINE = True
             try:
                 self._loaded = datasets.load_dataset(self._path, **self._arguments)
             except Exception as error:

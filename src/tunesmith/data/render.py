@@ -15,8 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate, groupby
+from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.contracts.errors import DataError
 from tunesmith.data.adapt import Message, adapt, probe
@@ -29,7 +31,7 @@ from tunesmith.data.masks import NOTE_END as NOTE_END
 from tunesmith.data.masks import EndOfTurn, Masker, MaskRule, Turn, chosen_messages, prompted
 from tunesmith.data.named_templates import missing_control
 from tunesmith.data.named_templates import resolve_template as resolve_template
-from tunesmith.data.proof import PrefixProof
+from tunesmith.data.proof import REASON, PrefixProof
 from tunesmith.data.rendered import NOTE_ALLOWED as NOTE_ALLOWED
 from tunesmith.data.rendered import NOTE_CHATML as NOTE_CHATML
 from tunesmith.data.rendered import NOTE_CONTEXT as NOTE_CONTEXT
@@ -37,6 +39,8 @@ from tunesmith.data.rendered import NOTE_CUT as NOTE_CUT
 from tunesmith.data.rendered import NOTE_DATE as NOTE_DATE
 from tunesmith.data.rendered import NOTE_LITERAL as NOTE_LITERAL
 from tunesmith.data.rendered import NOTE_PREFIXES as NOTE_PREFIXES
+from tunesmith.data.rendered import NOTE_SOME as NOTE_SOME
+from tunesmith.data.rendered import NOTE_SPLIT as NOTE_SPLIT
 from tunesmith.data.rendered import NOTE_THINKING as NOTE_THINKING
 from tunesmith.data.rendered import NOTE_WEIGHT as NOTE_WEIGHT
 from tunesmith.data.rendered import Encoded as Encoded
@@ -54,7 +58,7 @@ from tunesmith.data.template import CHATML, FIXED_DATE, ChatTemplate, Span, Trac
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Raise it when the same row would become other tokens: it invalidates every cached table."""
 
 
@@ -67,7 +71,7 @@ class Renderer:
         train_on: the assistant's turns (`assistant`), its last one (`last`), every token (`all`), or roles.
         end_of_turn: which tokens that end a turn train: of the turns that train, of all, of the last, of none.
         prefix_mismatch: what becomes of a turn whose prompt is not the beginning of the row: the row is refused,
-            the turn is context, or it trains.
+            the turn is context, it trains, or the row is split into one document for each turn (`documents`).
         allow_control_tokens: control tokens in the text of users, tools and the system are control tokens.
         date: the day that a template writes, as year-month-day.
 
@@ -82,7 +86,7 @@ class Renderer:
         train_on: str | Sequence[str] = "assistant",
         *,
         end_of_turn: EndOfTurn = "turn",
-        prefix_mismatch: Mismatch = "refuse",
+        prefix_mismatch: Mismatch | Literal["split"] = "refuse",
         allow_control_tokens: bool = False,
         date: str = FIXED_DATE,
     ) -> None:
@@ -104,7 +108,9 @@ class Renderer:
         special = [str(token) for token in added if token.special]
         self._literal = ControlText([] if allow_control_tokens else special)
         seams = Seams(tokenizer, self._control)
-        self.encoder = Encoder(tokenizer, seams, self._control, prefix_mismatch)
+        # a turn in the middle of a document whose tokens merge with its prompt's cannot be mended by a split
+        within = "context" if prefix_mismatch == "split" else prefix_mismatch
+        self.encoder = Encoder(tokenizer, seams, self._control, within)
         self.template = ChatTemplate(template, self._date) if template is not None else None
         if self.template is not None:
             self._can = probe(self.template, self._variables)
@@ -185,6 +191,51 @@ class Renderer:
         text = without_surrogates(text)
         return Rendered(text, supervised, spans, notes + more, turns=turns, literal=literal)
 
+    def documents(self, item: Conversation | Text | Segments | Tokens) -> list[Rendered]:
+        """The documents of a row: one, or several where `prefix_mismatch` is `split` and one would not hold.
+
+        One does not hold where a turn's prompt is not its beginning, or where the template leaves out the reasoning
+        of a turn that trains. Then the turns behind each question are a document that ends with the last of them,
+        as a server shows it, and each turn one where that does not hold either.
+
+        Raises:
+            RowProblem, DataError: as `render`.
+        """
+        if self._mismatch != "split" or not isinstance(item, Conversation):
+            return [self.render(item)]
+        chosen = chosen_messages(item.messages, self.rule, item.train_last_only)
+        whole = self._holding(item)
+        if whole is not None:
+            return [whole]
+        questions = list(accumulate(int(message["role"] == "user") for message in item.messages))
+        turns = [list(group) for _, group in groupby(chosen, key=questions.__getitem__)]
+        documents = [text for numbers in turns for text in self._turns(item, numbers)]
+        return [replace(text, notes=(*text.notes, NOTE_SPLIT)) for text in documents]
+
+    def _holding(self, item: Conversation) -> Rendered | None:
+        """The row as one document; None where it does not hold."""
+        try:
+            text = self.render(item)
+        except RowProblem as problem:
+            if problem.reason != REASON:
+                raise
+            return None
+        return None if NOTE_THINKING in text.notes else text
+
+    def _turns(self, item: Conversation, numbers: Sequence[int]) -> list[Rendered]:
+        """Some turns in one document that ends with the last of them, or each in its own."""
+        messages = [
+            {**message, "train": number in numbers}
+            for number, message in enumerate(item.messages[: numbers[-1] + 1])
+        ]
+        part = Conversation(messages, item.tools)
+        if len(numbers) == 1:
+            return [self.render(part)]
+        together = self._holding(part)
+        if together is not None:
+            return [together]
+        return [text for number in numbers for text in self._turns(item, [number])]
+
     def _mask(
         self,
         trace: Trace,
@@ -229,7 +280,7 @@ class Renderer:
                 notes.append(NOTE_THINKING)
             if not isinstance(prompt, RowProblem):
                 proved.append(prompted(turn, prompt))
-            elif self._mismatch == "refuse" or (
+            elif self._mismatch in ("refuse", "split") or (
                 self._mismatch == "context" and turn is asked[-1] and not proved and not kept
             ):
                 raise prompt

@@ -6,7 +6,8 @@ Nothing is written. A buffer is filled with documents of all sources, in the pro
 holds its number of tokens; it is shuffled, packed and handed out row by row, and the next one begins where it ended.
 So the order is a function of the seed, the buffer's size and the position at which a buffer began: a few integers
 for each source, which stand in the checkpoint. A resumed run passes over the rows before them, fills the same buffer
-again, and goes on behind the rows that were trained.
+again, and goes on behind the rows that were trained. A source's place is the row at which a batch begins, and how
+much of it is drawn: one row may be several documents, and several rows one.
 
 The next buffer is filled in a thread while the steps of this one train; the tokenizer leaves Python's lock, and so
 does the device. Rejected: a buffer that gives a random document and takes a new one (as `datasets` shuffles): its
@@ -53,7 +54,7 @@ class Document(NamedTuple):
 class Streamed(Protocol):
     """A source as `tokenize.SourceStream` provides it."""
 
-    def feed(self, sink: Sink, at: int = 0) -> Iterator[None]: ...
+    def feed(self, sink: Sink, at: int = 0) -> Iterator[int]: ...
     def fingerprint(self) -> str: ...
 
 
@@ -103,7 +104,8 @@ class _Place:
     Attributes:
         epoch: passes that are over, as `mix.stop` counts them; a new one goes on in sources that have not ended.
         buffer: buffers of this epoch that are over.
-        rows: for each source the index of the next row.
+        rows: for each source the row at which the batch begins that is drawn from.
+        taken: groups of documents of that batch that are drawn: one row may be several.
         drawn: documents of each source in this epoch, which decide whose turn it is.
         ended: whether each source has been used up in this epoch.
     """
@@ -111,12 +113,13 @@ class _Place:
     epoch: int
     buffer: int
     rows: list[int]
+    taken: list[int]
     drawn: list[int]
     ended: list[bool]
 
     @classmethod
     def first(cls, sources: int) -> _Place:
-        return cls(0, 0, [0] * sources, [0] * sources, [False] * sources)
+        return cls(0, 0, [0] * sources, [0] * sources, [0] * sources, [False] * sources)
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -138,30 +141,51 @@ class _Buffer:
 
 @dataclass
 class _Reader:
-    """The groups of documents of a source from a row on, a few tokenised ahead."""
+    """The groups of documents of a source from a place on, a batch of its rows tokenised at once.
+
+    Attributes:
+        row: where the batch begins that is drawn from; batches that begin alike hold the same documents.
+        taken: groups of it that are drawn.
+    """
 
     source: Streamed
     row: int
+    taken: int
     _ahead: DocumentList = field(default_factory=DocumentList)
-    _batches: Iterator[None] | None = None
+    _batches: Iterator[int] | None = None
+    _behind: int = 0
 
     def next(self) -> list[Document] | None:
         """The next group, mostly of one document; None once where the source ends, which then starts over."""
-        if self._batches is None:
-            self._batches = self.source.feed(self._ahead, self.row)
         while not self._ahead.documents:
-            try:
-                next(self._batches)
-            except StopIteration:
-                self.row, self._batches = 0, None
+            if not self._read():
                 return None
-            self._ahead.documents.reverse()  # so that the first one is at the end, where it is cheap to take
+        self.taken += 1
+        return self._pop()
+
+    def _pop(self) -> list[Document]:
         ahead = self._ahead.documents
         group = [ahead.pop()]
         while ahead and ahead[-1].joined:
             group.append(ahead.pop())
-        self.row = group[-1].row + 1
         return group
+
+    def _read(self) -> bool:
+        """Tokenise the next batch, without what was drawn of it before; False where the source ends."""
+        drawn = 0
+        if self._batches is None:
+            self._batches, drawn = self.source.feed(self._ahead, self.row), self.taken
+            self._behind = self.row
+        self.row, self.taken = self._behind, drawn
+        behind = next(self._batches, None)
+        if behind is None:
+            self.row, self.taken, self._batches = 0, 0, None
+            return False
+        self._behind = behind
+        self._ahead.documents.reverse()  # so that the first one is at the end, where it is cheap to take
+        for _ in range(drawn):
+            self._pop()
+        return True
 
 
 class StreamFeed:
@@ -216,7 +240,7 @@ class StreamFeed:
 
     def _buffers(self, place: _Place, stop: threading.Event) -> Iterator[_Buffer]:
         """Buffer after buffer, from the place where one begins."""
-        readers = [_Reader(source, row) for source, row in zip(self._sources, place.rows, strict=True)]
+        readers = list(map(_Reader, self._sources, place.rows, place.taken))
         while not stop.is_set():
             begins = place.plain()
             groups = self._fill(readers, place, stop)
@@ -230,7 +254,7 @@ class StreamFeed:
             # the stride of `mixing`: the k-th document of a source stands at (k + 1/2) / weight
             turn = min(range(len(readers)), key=lambda n: ((place.drawn[n] + 0.5) / self._weights[n], n))
             group = readers[turn].next()
-            place.rows[turn] = readers[turn].row
+            place.rows[turn], place.taken[turn] = readers[turn].row, readers[turn].taken
             if group is None:
                 place.ended[turn] = True
                 if self._plan.mix.stop == "first_exhausted" or all(place.ended):

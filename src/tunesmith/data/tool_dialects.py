@@ -54,7 +54,11 @@ def _wrap_tool(tool: Any) -> dict[str, Any]:
     function = tool.get("function", tool)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowProblem("bad tools", "a tool has no name")
-    return tool if "function" in tool else {"type": "function", "function": tool}
+    if "function" in tool:
+        return tool
+    if "input_schema" in tool:  # Anthropic's name of it
+        function = {("parameters" if key == "input_schema" else key): value for key, value in tool.items()}
+    return {"type": "function", "function": function}
 
 
 def read_calls(value: Any) -> list[Call]:

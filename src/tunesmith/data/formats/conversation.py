@@ -8,7 +8,7 @@ from typing import Any
 
 from tunesmith.data.chat import read_messages, read_tools
 from tunesmith.data.formats.contract import Column, Conversation, Format, Message, has, need, prefers, take
-from tunesmith.data.formats.instruction import SYSTEM, system_message
+from tunesmith.data.formats.instruction import SYSTEM, detect_pair, system_message
 from tunesmith.data.reading import AS_USUAL, Reading, RowProblem
 from tunesmith.data.tool_dialects import read_dialect
 
@@ -16,7 +16,7 @@ CHAT = {
     "messages": Column(
         True,
         "list of {role, content}, or ShareGPT's {from, value}",
-        ("conversations", "conversation", "dialog", "turns"),
+        ("conversations", "conversation", "dialog", "dialogue", "turns"),
     ),
     "tools": Column(False, "signatures of the tools, a list or a JSON string", ("functions",)),
     "system": Column(False, "the system prompt, where it is not the first message", SYSTEM.aliases),
@@ -30,6 +30,8 @@ _GLAIVE = {
 
 
 def _detect_chat(keys: Collection[str]) -> bool:
+    if detect_pair(keys):  # a dialogue that is the prompt of its summary
+        keys = [key for key in keys if key != "dialogue"]
     return has(keys, CHAT, "messages") and not prefers(keys)
 
 

@@ -72,6 +72,8 @@ _CHOICES = frozenset({"choices", "options"})
 def system_message(record: Mapping[str, Any], columns: Mapping[str, Column]) -> list[Message]:
     """The system turn of a row that has its text in a column, or nothing."""
     text = take(record, columns, "system")
+    if isinstance(text, list) and text and all(isinstance(part, Mapping) for part in text):
+        return read_messages([{"role": "system", "content": text}], need_answer=False)  # as Anthropic has it
     return [{"role": "system", "content": as_text(text, "system")}] if text not in (None, "") else []
 
 

@@ -200,7 +200,8 @@ def _detect_preference(keys: Collection[str]) -> bool:
     return has(keys, PREFERENCE, "chosen") and has(keys, PREFERENCE, "rejected")
 
 
-def _convert_preference(record: Mapping[str, Any], reading: Reading = AS_USUAL, /) -> Preference:
+def convert_preference(record: Mapping[str, Any], reading: Reading = AS_USUAL, /) -> Preference:
+    """A row with a better and a worse answer as a pair."""
     prompt, chosen, rejected, tools = _split(record, reading)
     refuse_empty(chosen, "chosen")
     refuse_empty(rejected, "rejected")
@@ -212,7 +213,7 @@ def _convert_preference(record: Mapping[str, Any], reading: Reading = AS_USUAL, 
 
 
 def _convert_chosen(record: Mapping[str, Any], reading: Reading = AS_USUAL, /) -> Conversation:
-    pair = _convert_preference(record, reading)
+    pair = convert_preference(record, reading)
     return Conversation(untrained(pair.prompt) + pair.chosen, pair.tools)
 
 
@@ -297,14 +298,14 @@ PREFERENCE_FORMAT = Format(
     "a better and a worse answer, as texts, messages or conversations",
     PREFERENCE,
     _detect_preference,
-    _convert_preference,
+    convert_preference,
     _PAIR_EXAMPLE,
     instead="`format: chosen` trains on the better answer of each row.",
 )
 CHOSEN_FORMAT = Format(
     "chosen",
     Conversation,
-    "rows of `preference`, of which the better answer trains",
+    "rows of `preference`, `compared` or `scored`, of which the better answer trains",
     PREFERENCE,
     never,
     _convert_chosen,

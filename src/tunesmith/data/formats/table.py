@@ -14,6 +14,7 @@ from typing import Any
 
 from tunesmith.contracts.errors import DataError
 from tunesmith.data.chat import finish_messages
+from tunesmith.data.formats.compared import COMPARED_FORMAT, SCORED_FORMAT, chosen_format
 from tunesmith.data.formats.contract import (
     KINDS,
     PREFERENCE_COLUMNS,
@@ -57,6 +58,8 @@ FORMATS: dict[str, Format] = {
     "chosen": CHOSEN_FORMAT,
     "approved": APPROVED_FORMAT,
     "preference": PREFERENCE_FORMAT,
+    "compared": COMPARED_FORMAT,
+    "scored": SCORED_FORMAT,
     "labelled": LABELLED_FORMAT,
     "stepwise": STEPWISE_FORMAT,
     "prompt": PROMPT_FORMAT,
@@ -89,7 +92,7 @@ def resolve_format(
     """
     _check_renames(columns, first_record)
     keys = {name for key in _rename(first_record, columns) for name in (str(key), str(key).casefold())}
-    found = _detect(keys, first_record, kinds) if name == "auto" else _named(name, reading)
+    found = _detect(keys, first_record, kinds) if name == "auto" else _named(name, reading, keys)
     if found.kind not in kinds:
         raise _wrong_kind(found, f"The format {name} gives", kinds)
     if reading.template and found.name != "custom":
@@ -114,9 +117,11 @@ def resolve_format(
     return found if reading == found.reading else replace(found, reading=reading)
 
 
-def _named(name: str, reading: Reading) -> Format:
+def _named(name: str, reading: Reading, keys: Collection[str]) -> Format:
     if name not in FORMATS:
         raise DataError(f"There is no format {name!r}.", hint=_nearest(name, ["auto", *FORMATS]))
+    if name == "chosen":
+        return chosen_format(keys)
     return custom_format(reading.template) if name == "custom" else FORMATS[name]
 
 
