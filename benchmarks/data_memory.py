@@ -5,9 +5,10 @@
     .venv/bin/python -m benchmarks.data_memory --stream --size 200     streamed instead of written to a table
 
 Each size runs in a process of its own: the file is hashed, read, rendered, tokenised and written to the cache, or
-streamed once through a buffer. `peak_mib` is the resident peak of the process, `imports_mib` what it had before it
-read a row; pages of the table that the system keeps mapped are in neither, because the table is not opened for
-reading before. Afterwards the epoch is planned, which holds some numbers for each row: `planned_mib`.
+streamed once through a buffer. `peak_mib` is the resident peak of the process, `worker_mib` that of its largest
+worker (pages that they share are in both), `imports_mib` what it had before it read a row. Pages of the table that
+the system keeps mapped are in none, because the table is not opened for reading before. Afterwards the epoch is
+planned, which holds some numbers for each row: `planned_mib`.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from benchmarks.data_files import small_tokenizer, write_rows
 SEQUENCE_LENGTH = 2048
 
 
-def peak_mib() -> int:
-    """The most memory that this process has had resident, in MiB."""
+def peak_mib(whose: int = resource.RUSAGE_SELF) -> int:
+    """The most memory that this process, or one of its ended children, has had resident, in MiB."""
     unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
+    return resource.getrusage(whose).ru_maxrss * unit // 2**20
 
 
 def prepare(path: Path, folder: Path, stream: bool) -> dict[str, Any]:
@@ -69,6 +70,7 @@ def _row(path: Path, rows: int, imports: int, seconds: float) -> dict[str, Any]:
         "rows_per_second": round(rows / seconds),
         "imports_mib": imports,
         "peak_mib": peak_mib(),
+        "worker_mib": peak_mib(resource.RUSAGE_CHILDREN),
     }
 
 

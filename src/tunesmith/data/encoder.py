@@ -28,6 +28,7 @@ from tunesmith.data.proof import REASON
 from tunesmith.data.rendered import NOTE_ALLOWED, NOTE_CONTEXT, NOTE_CUT, Encoded, Rendered, without_turns
 from tunesmith.data.seams import Pieces, Seams, Tokenised, Whole
 from tunesmith.data.template import Span
+from tunesmith.data.words import Words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +46,7 @@ class Batch:
     Attributes:
         rows: as they were rendered.
         encode: works on their texts; gives tokens by the row's number.
-        in_thread: `encode` may run in another thread; else it changes the tokenizer's state.
+        in_thread: `encode` is worth another thread: it leaves Python's lock and the tokenizer's state alone.
         is_alone: `finish` changes the tokenizer's state: no `encode` may run in another thread meanwhile.
     """
 
@@ -75,32 +76,38 @@ class Encoder:
         self._eos_id = tokenizer.eos_token_id if isinstance(tokenizer.eos_token_id, int) else None
         self._is_direct = _is_plain_backend(tokenizer)
         self._anchors = Anchors(tokenizer, seams, control)
+        self._words = Words(tokenizer, control)
+        self._adds = tokenizer.num_special_tokens_to_add() > 0
         self._rows = self._again = 0
         self._clean: bool | None = None
 
-    def start(self, rows: Sequence[Rendered], *, with_offsets: bool) -> Batch:
+    def start(self, rows: Sequence[Rendered], *, with_offsets: bool, by_words: bool = True) -> Batch:
         """A batch of rows, of which nothing is tokenised yet.
 
         Args:
             rows: as they were rendered.
             with_offsets: whether `finish` will be asked for the characters of tokens.
+            by_words: remember the tokens of words, where that is exact and pays.
         """
         waiting = [(n, row) for n, row in enumerate(rows) if row.tokens is None and not row.literal]
         texts = {
             plain: [(n, row.text) for n, row in waiting if row.plain == plain] for plain in (False, True)
         }
         self._reset()
+        by_words = by_words and self._words.usable and self._words.pays
         is_fast = not with_offsets and self._anchors.usable and self._again * _RARE <= self._rows + _RARE**2
 
         def encode() -> dict[int, Tokenised]:
             found: dict[int, Tokenised] = {}
             for plain, numbered in texts.items():
                 if numbered:
-                    tokens = self._texts([text for _, text in numbered], plain, is_fast)
+                    tokens = self._texts([text for _, text in numbered], plain, is_fast, by_words)
                     found.update(zip([n for n, _ in numbered], tokens, strict=True))
             return found
 
-        in_thread = self._is_direct and not self._tokenizer.split_special_tokens
+        in_thread = (
+            self._is_direct and not self._tokenizer.split_special_tokens and not (is_fast and by_words)
+        )
         return Batch(rows, encode, in_thread, any(row.literal for row in rows))
 
     def finish(self, batch: Batch, tokens: dict[int, Tokenised], *, with_offsets: bool) -> list[Encoded]:
@@ -124,7 +131,10 @@ class Encoder:
         if row.spans != [(0, len(row.text))]:
             asked.update(place for span in row.spans for place in span)
         placed = self._anchors.find(row.text, tokens, asked)
-        if placed is not None and all(self._seams.check(row.text, turn.prompt, placed) for turn in row.turns):
+        if placed is not None and all(
+            turn.prompt in placed.checked or self._seams.check(row.text, turn.prompt, placed)
+            for turn in row.turns
+        ):
             return placed
         self._again += 1
         return Whole(self._tokenizer.backend_tokenizer.encode(row.text, add_special_tokens=False))
@@ -139,10 +149,12 @@ class Encoder:
         if backend.encode_special_tokens != self._tokenizer.split_special_tokens:
             backend.encode_special_tokens = self._tokenizer.split_special_tokens
 
-    def _texts(self, texts: list[str], plain: bool, is_fast: bool) -> Sequence[Tokenised]:
+    def _texts(self, texts: list[str], plain: bool, is_fast: bool, by_words: bool) -> Sequence[Tokenised]:
         if self._is_direct and is_fast:
+            if by_words and not (plain and self._adds):
+                return list(map(Bare, self._words.encode(texts)))
             encodings = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=plain)
-            return [Bare(encoding.ids) for encoding in encodings]
+            return [Bare(np.array(encoding.ids, dtype=np.int32)) for encoding in encodings]
         if self._is_direct:
             encodings = self._tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=plain)
             return [Whole(encoding) for encoding in encodings]

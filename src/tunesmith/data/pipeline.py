@@ -3,8 +3,8 @@
 The tokenizer is Rust and works without Python's lock, so rendering a batch and tokenising the one before it take
 the time of the longer one. What a row becomes does not depend on it: documents come in the order of their rows.
 
-Rejected: processes that render. Two cores are busy with this already, and processes have to be started (seconds,
-where the tokenizer is large), fed, and stopped with the run, however it ends.
+Where the tokens of words are remembered (`words.py`) there is little left for threads, and a batch is tokenised
+where it is accounted for. On several cores `workers.py` runs this in several processes.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Prepared:
     behind: Prepared | None = None
 
     def documents(self) -> Iterator[tuple[Row, Rendered, Encoded]]:
-        """The rows that were rendered, in order, with their tokens."""
+        """The documents of rows that were rendered, in order, with their tokens; those of a row lie together."""
         if any(chunk.work.is_alone for chunk in self.chunks):
             chunks = self.chunks + (self.behind.chunks if self.behind is not None else [])
             wait([chunk.future for chunk in chunks if chunk.future is not None])
@@ -99,13 +99,19 @@ class Pipeline:
         self._found = found
         self._columns = columns
 
-    def ahead(self, batches: Iterable[list[Row]]) -> Iterator[Prepared]:
-        """Every batch, prepared, after the next one was rendered; threads end with the iterator."""
+    def ahead(self, batches: Iterable[list[Row]], *, by_words: bool = True) -> Iterator[Prepared]:
+        """Every batch, prepared, after the next one was rendered; threads end with the iterator.
+
+        Args:
+            batches: the rows.
+            by_words: remember the tokens of words, which takes less processor time; for few rows, most of whose words
+                are new, whole texts in threads take less time.
+        """
         threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
         before: Prepared | None = None
         try:
             for batch in batches:
-                prepared = self.prepare(batch, threads)
+                prepared = self.prepare(batch, threads, by_words=by_words)
                 if before is not None:
                     before.behind = prepared
                     yield before
@@ -116,7 +122,9 @@ class Pipeline:
         finally:
             threads.shutdown(cancel_futures=True)
 
-    def prepare(self, batch: list[Row], threads: Executor | None = None) -> Prepared:
+    def prepare(
+        self, batch: list[Row], threads: Executor | None = None, *, by_words: bool = True
+    ) -> Prepared:
         """A batch, rendered; with threads, its tokens are on their way when this returns."""
         encoder = self._renderer.encoder
         prepared = Prepared(encoder, len(batch))
@@ -125,23 +133,23 @@ class Pipeline:
             rows: list[Row] = []
             texts: list[Rendered] = []
             for row in batch[start : start + step]:
-                text = self._render(row)
-                if isinstance(text, RowProblem):
-                    prepared.dropped.append((row, text))
+                documents = self._render(row)
+                if isinstance(documents, RowProblem):
+                    prepared.dropped.append((row, documents))
                 else:
-                    rows.append(row)
-                    texts.append(text)
-            work = encoder.start(texts, with_offsets=False)
+                    rows += [row] * len(documents)
+                    texts += documents
+            work = encoder.start(texts, with_offsets=False, by_words=by_words)
             future = threads.submit(work.encode) if threads is not None and work.in_thread else None
             prepared.chunks.append(_Chunk(rows, work, future))
         return prepared
 
-    def _render(self, row: Row) -> Rendered | RowProblem:
+    def _render(self, row: Row) -> list[Rendered] | RowProblem:
         if row.record is None:
             return RowProblem(UNREADABLE, row.problem or "")
         try:
             item = convert(self._found, row.record, self._columns)
             assert isinstance(item, Supervised), "`resolve_format` refuses formats of another kind"
-            return self._renderer.render(item)
+            return self._renderer.documents(item)
         except RowProblem as problem:
             return problem.with_traceback(None)  # it would keep the frames of the rendering alive

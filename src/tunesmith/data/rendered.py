@@ -23,7 +23,12 @@ NOTE_CHATML = (
     "ChatML's <|im_start|> and <|im_end|> are not tokens of this tokenizer: they train as plain text"
 )
 NOTE_DATE = "the template writes a date: that of data.date"
-NOTE_THINKING = "the template drops the reasoning of earlier turns, as a server will: they train without it"
+NOTE_THINKING = (
+    "the template drops the reasoning of earlier turns, as a server will: they train without it "
+    "(data.prefix_mismatch: split makes a document of each turn, which keeps it)"
+)
+NOTE_SPLIT = "split at its turns, each a document as a server would show it"
+NOTE_SOME = "some of its turns do not fit and were left out"
 NOTE_CONTEXT = "a server's prompt is not the beginning of some turns: they are context"
 NOTE_ALLOWED = "a server's prompt is not the beginning of some turns that train"
 NOTE_CUT = "the answer would merge with the end of the prompt: its tokens were cut there"

@@ -99,6 +99,7 @@ class Source:
         digest: computes the fingerprint.
         signs: what tells a change without reading everything; see `stamp`.
         read_from: starts reading at a later row, where that costs less than reading up to it.
+        is_local: files that are there, so that several processes can read them at once.
     """
 
     label: str
@@ -108,6 +109,7 @@ class Source:
     digest: Callable[[], str]
     signs: Callable[[], str] = lambda: ""
     read_from: Callable[[int], Iterator[Found]] | None = None
+    is_local: bool = False
 
     def rows(self, at: int = 0) -> Iterator[Row]:
         """The rows of the split, in order; one that cannot be read has a problem instead of a record.
@@ -183,6 +185,7 @@ def open_source(
             lambda: _read_all(files),
             lambda: _hash_all(files),
             lambda: _stamp_all(files),
+            is_local=True,
         )
     mistyped = bool(local.suffix) and bool(_near(local))  # `rows.jsno` beside `rows.jsonl`
     if not looks_like_hub_name(label) or suffix_of(label) in READERS or mistyped:

@@ -228,7 +228,7 @@ class TokenTable:
             and self._places[-1] == len(self._where)
             and bool(np.all(np.diff(self._starts) > 0))
             and bool(np.all(np.diff(self._places) >= 0))
-            and self.report.rows_kept == count
+            and (self.report.rows_kept == 0) == (count == 0)
         )
         if not consistent:
             raise DamagedEntryError(f"{self.folder}: the arrays do not fit each other")
@@ -245,6 +245,11 @@ class TokenTable:
     def groups(self) -> NDArray[np.int64]:
         """int64 `[N]`, a number that documents of one group share; groups lie one behind the other."""
         return np.cumsum(~self._joined, dtype=np.int64)
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """int64 `[N]`, the index in its source of the row behind each document; a read-only view of the file."""
+        return self._rows
 
     def ids(self, index: int) -> NDArray[np.int32]:
         """int32 `[T]`, the tokens of a document; a read-only view of the file."""

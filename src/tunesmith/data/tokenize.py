@@ -13,9 +13,9 @@ may not, and a function applied to rows cannot drop one of them and say why.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,23 +23,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.contracts.errors import DataError
+from tunesmith.contracts.plural import counted
 from tunesmith.data.cache import cache_folder, content_key, obtain
-from tunesmith.data.formats import AS_USUAL, Format, Reading, resolve_format
+from tunesmith.data.cutting import TOO_LONG, TRUNCATED, Fit, Joiner, Overlong, Piece
+from tunesmith.data.formats import AS_USUAL, Format, Reading, RowProblem, resolve_format
 from tunesmith.data.pipeline import Pipeline, Prepared, short_collections
 from tunesmith.data.proof import REASON
-from tunesmith.data.render import Encoded, Rendered, Renderer
+from tunesmith.data.render import NOTE_SOME, Encoded, Rendered, Renderer
 from tunesmith.data.sources import Row, Source
 from tunesmith.data.table import DataReport, TableWriter, TokenTable
+from tunesmith.data.workers import Done, prepare_rows
 
-VERSION = 1
+VERSION = 2
 """Raise it when reading or accounting changes: it invalidates every cached table."""
 
 _BATCH = 512
 _SAMPLE = 64
 _EXAMPLES, _EXAMPLES_PER_REASON = 20, 5
-_UNTRAINABLE, _TOO_LONG, _CUT = "nothing to train on", "too long", "truncated"
 
-Overlong = Literal["drop", "truncate", "error"]
 Malformed = Literal["drop", "error"]
 
 
@@ -57,9 +58,12 @@ def tokenize_source(
     renderer: Renderer,
     sequence_length: int,
     overlong: Overlong = "truncate",
+    overlap: int = 1,
+    join_texts: bool = False,
     malformed: Malformed = "drop",
     cache_dir: Path | None = None,
     progress: Callable[[int], None] | None = None,
+    workers: int | None = None,
 ) -> TokenTable:
     """The tokens of all rows of a source that train, from the cache where they are there.
 
@@ -70,10 +74,11 @@ def tokenize_source(
         reading: how rows are read beyond their columns.
         renderer: makes text, tokens and mask of a row.
         sequence_length: most tokens a row may have.
-        overlong: what becomes of longer rows.
+        overlong, overlap, join_texts: what becomes of longer rows and of short texts, see `cutting.Fit`.
         malformed: what becomes of rows that cannot be read or would train nothing.
         cache_dir: where the table is kept; `default_cache_dir()` where it is not given.
         progress: called with the number of rows done, after every batch.
+        workers: processes that prepare rows, see `workers.prepare_rows`; the table does not depend on it.
 
     Raises:
         DataError: where the source or its format cannot be understood, rows are refused by `overlong` or
@@ -81,6 +86,7 @@ def tokenize_source(
         StorageError: where the disk is full.
     """
     columns = dict(columns or {})
+    fit = Fit(sequence_length, overlong, overlap, join_texts)
     key = table_key(
         source,
         format=format,
@@ -89,13 +95,15 @@ def tokenize_source(
         renderer=renderer,
         sequence_length=sequence_length,
         overlong=overlong,
+        overlap=overlap,
+        join_texts=join_texts,
         malformed=malformed,
     )
 
     def build(folder: Path) -> None:
-        run = _Run(renderer, sequence_length, cut=overlong == "truncate")
+        run = _Run(renderer, fit)
         with TableWriter(folder) as writer, short_collections():
-            run.tokenize(source, format, columns, reading, writer, progress)
+            run.tokenize(source, format, columns, reading, writer, progress, workers)
             _refuse(run.report, source.label, overlong, malformed)
             _refuse_empty(run.report, source.label)
             writer.finish(run.report)
@@ -112,6 +120,8 @@ def table_key(
     renderer: Renderer,
     sequence_length: int,
     overlong: Overlong,
+    overlap: int = 1,
+    join_texts: bool = False,
     malformed: Malformed,
 ) -> str:
     """The name of a table in the cache: a hash of everything that decides its content."""
@@ -125,8 +135,7 @@ def table_key(
             "columns": dict(columns),
             "reading": asdict(reading),
             "renderer": renderer.fingerprint(),
-            "sequence_length": sequence_length,
-            "overlong": overlong,
+            "fit": asdict(Fit(sequence_length, overlong, overlap, join_texts)),
             "malformed": malformed,
         }
     )
@@ -152,7 +161,8 @@ class SourceStream:
     """The documents of a source one after the other, tokenised as they are asked for and kept nowhere.
 
     Args:
-        source, format, columns, reading, renderer, sequence_length, overlong, malformed: as in `tokenize_source`.
+        source, format, columns, reading, renderer, sequence_length, overlong, overlap, join_texts, malformed: as in
+            `tokenize_source`; texts are joined within each batch of rows.
     """
 
     def __init__(
@@ -165,12 +175,14 @@ class SourceStream:
         renderer: Renderer,
         sequence_length: int,
         overlong: Overlong = "truncate",
+        overlap: int = 1,
+        join_texts: bool = False,
         malformed: Malformed = "drop",
     ) -> None:
         self.source, self._format, self._columns = source, format, dict(columns or {})
-        self._reading, self._renderer, self._sequence_length = reading, renderer, sequence_length
-        self._overlong, self._malformed = overlong, malformed
-        self._run = _Run(renderer, sequence_length, cut=overlong == "truncate")
+        self._reading, self._renderer = reading, renderer
+        self._fit, self._malformed = Fit(sequence_length, overlong, overlap, join_texts), malformed
+        self._run = _Run(renderer, self._fit)
         self.report = self._run.report
         """What became of the rows read so far, in every pass and also ahead of what was drawn."""
 
@@ -185,14 +197,13 @@ class SourceStream:
             "columns": self._columns,
             "reading": asdict(self._reading),
             "renderer": self._renderer.fingerprint(),
-            "sequence_length": self._sequence_length,
-            "overlong": self._overlong,
+            "fit": asdict(self._fit),
             "malformed": self._malformed,
         }
         return content_key(parts)
 
-    def feed(self, sink: Sink, at: int = 0) -> Iterator[None]:
-        """Hand the documents from row `at` on to `sink`; stops after every batch of rows.
+    def feed(self, sink: Sink, at: int = 0) -> Iterator[int]:
+        """Hand the documents from row `at` on to `sink`; stops after every batch, with the row behind it.
 
         Raises:
             DataError: as `tokenize_source`; what the settings refuse ends the run where it is met.
@@ -203,8 +214,8 @@ class SourceStream:
             rows = self.source.rows(at)
         while batch := list(islice(rows, _BATCH)):
             self._run.batch(batch, found, self._columns, sink)
-            _refuse(self.report, self.source.label, self._overlong, self._malformed)
-            yield
+            _refuse(self.report, self.source.label, self._fit.overlong, self._malformed)
+            yield batch[-1].index + 1
         if not at:
             _refuse_empty(self.report, self.source.label)
 
@@ -214,11 +225,15 @@ class _Run:
     """One pass over a source."""
 
     renderer: Renderer
-    sequence_length: int
-    cut: bool
+    fit: Fit
     report: DataReport = field(default_factory=DataReport)
     named: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    joiner: Joiner | None = None
+
+    def __post_init__(self) -> None:
+        if self.fit.join_texts:
+            self.joiner = Joiner(self.fit.sequence_length, self.fit.overlap)
 
     def tokenize(
         self,
@@ -228,58 +243,86 @@ class _Run:
         reading: Reading,
         writer: TableWriter,
         progress: Callable[[int], None] | None,
+        workers: int | None,
     ) -> None:
         rows, found = find_format(source, format_name, columns, reading)
         self.report.format = found.name
-        batches = iter(lambda: list(islice(rows, _BATCH)), [])
-        for prepared in Pipeline(self.renderer, found, columns).ahead(batches):
+        pipeline = Pipeline(self.renderer, found, columns)
+        for prepared in prepare_rows(source, rows, pipeline, _BATCH, workers):
             self._account(prepared, writer)
             if progress is not None:
                 progress(self.report.rows_in)
+        self._flush(writer)
 
     def batch(self, batch: list[Row], found: Format, columns: Mapping[str, str], sink: Sink) -> None:
         """Hand the documents of some rows to `sink` and account for all of them."""
         self._account(Pipeline(self.renderer, found, columns).prepare(batch), sink)
+        self._flush(sink)
 
-    def _account(self, prepared: Prepared, sink: Sink) -> None:
+    def _account(self, prepared: Prepared | Done, sink: Sink) -> None:
         for row, problem in prepared.dropped:
             self._drop(row, problem.reason, problem.detail)
-        for row, text, tokens in prepared.documents():
-            self._keep(row, text, tokens, sink)
+        for _, documents in groupby(prepared.documents(), key=lambda document: document[0].index):
+            self._keep(list(documents), sink)
         self.report.rows_in += prepared.count
-        self.report.notes = [f"{note} ({count} rows)" for note, count in self.notes.items()]
+        self.report.notes = [f"{note} ({counted(count, 'row')})" for note, count in self.notes.items()]
 
-    def _keep(self, row: Row, text: Rendered, tokens: Encoded, sink: Sink) -> None:
-        if tokens.problem is not None:
-            self._drop(row, tokens.problem.reason, tokens.problem.detail)
+    def _keep(self, made: list[tuple[Row, Rendered, Encoded]], sink: Sink) -> None:
+        """Account for a row: one document, or one for each turn, which may be cut into several."""
+        row = made[0][0]
+        problem: RowProblem | None = None
+        truncated, kept = 0, 0
+        notes: tuple[str, ...] = ()
+        for _, text, tokens in made:
+            if self.joiner is not None and text.plain and tokens.problem is None:
+                self._add_all(self.joiner.add(tokens.ids, row.index, row.where), sink)
+            else:
+                pieces = self.fit.documents(tokens, plain=text.plain)
+                if isinstance(pieces, RowProblem):
+                    problem = problem or pieces
+                    continue
+                self._add_all([(piece, row.index, row.where) for piece in pieces], sink)
+                if len(tokens.ids) > self.fit.sequence_length and self.fit.truncates(
+                    tokens, plain=text.plain
+                ):
+                    truncated = truncated or len(tokens.ids)
+            kept += 1
+            notes += text.notes + tokens.notes
+        if not kept:
+            assert problem is not None, "a row without documents has a reason"
+            self._drop(row, problem.reason, problem.detail)
             return
-        length = len(tokens.ids)
-        too_long = length > self.sequence_length
-        if too_long and not self.cut:
-            self._drop(row, _TOO_LONG, f"{length} tokens, the longest row may have {self.sequence_length}")
-            return
-        ids, trained = tokens.ids[: self.sequence_length], tokens.trained[: self.sequence_length]
-        if not trained.any():
-            self._drop(row, _UNTRAINABLE, f"within {self.sequence_length} tokens" if too_long else "")
-            return
-        if too_long:
-            self.report.truncated += 1
-            self._name(row, _CUT, f"{length} tokens cut to {self.sequence_length}")
-        sink.add(ids, trained, row.index, row.where)
         self.report.rows_kept += 1
-        self.report.tokens += len(ids)
-        self.report.trained_tokens += int(trained.sum())
-        if text.notes or tokens.notes:
-            self.notes.update(dict.fromkeys(text.notes + tokens.notes, 1))
+        if truncated:
+            self.report.truncated += 1
+            self._name(row, TRUNCATED, f"{truncated} tokens cut to {self.fit.sequence_length}")
+        if problem is not None:
+            notes += (NOTE_SOME,)
+        if notes:
+            self.notes.update(dict.fromkeys(notes, 1))
+
+    def _add_all(self, documents: Iterable[tuple[Piece, int, str]], sink: Sink) -> None:
+        for (ids, trained), row, where in documents:
+            sink.add(ids, trained, row, where)
+            self.report.tokens += len(ids)
+            self.report.trained_tokens += int(np.count_nonzero(trained))
+
+    def _flush(self, sink: Sink) -> None:
+        """Hand on what waits for more text."""
+        if self.joiner is not None:
+            self._add_all(self.joiner.finish(), sink)
 
     def _drop(self, row: Row, reason: str, detail: str) -> None:
         self.report.dropped[reason] = self.report.dropped.get(reason, 0) + 1
         self._name(row, reason, detail)
 
     def _name(self, row: Row, reason: str, detail: str) -> None:
-        self.named[reason] += 1
-        if self.named[reason] <= _EXAMPLES_PER_REASON and len(self.report.examples) < _EXAMPLES:
-            self.report.examples.append(f"{row.where}: {reason}" + (f" ({detail})" if detail else ""))
+        if self.named[reason] >= _EXAMPLES_PER_REASON or len(self.report.examples) >= _EXAMPLES:
+            return
+        line = f"{row.where}: {reason}" + (f" ({detail})" if detail else "")
+        if line not in self.report.examples:  # a stream meets a row in each pass
+            self.named[reason] += 1
+            self.report.examples.append(line)
 
 
 def sample_columns(source: Source) -> tuple[Iterator[Row], dict[str, Any]]:
@@ -314,10 +357,10 @@ def find_format(
 
 def _refuse(report: DataReport, label: str, overlong: Overlong, malformed: Malformed) -> None:
     """Raise where the settings do not accept what was dropped."""
-    too_long = report.dropped.get(_TOO_LONG, 0)
+    too_long = report.dropped.get(TOO_LONG, 0)
     if overlong == "error" and too_long:
-        raise _refusal(report, label, [_TOO_LONG], "Raise train.sequence_length, or set data.overlong.")
-    broken = [reason for reason in report.dropped if reason != _TOO_LONG]
+        raise _refusal(report, label, [TOO_LONG], "Raise train.sequence_length, or set data.overlong.")
+    broken = [reason for reason in report.dropped if reason != TOO_LONG]
     if malformed == "error" and broken:
         raise _refusal(report, label, broken, "Mend these rows, or set data.malformed to drop.")
 
@@ -327,7 +370,10 @@ def _refuse_empty(report: DataReport, label: str) -> None:
     if report.rows_kept == 0:
         hint = "`tunesmith inspect` shows what becomes of a row; set format and columns if rows are read wrongly."
         if REASON in report.dropped:
-            hint = "Set data.template to the model's own or a named one, or data.prefix_mismatch to context or allow."
+            hint = (
+                "Set data.template to the model's own or a named one, or data.prefix_mismatch to split (a document "
+                "for each turn), context or allow; train_on: last trains the last turn only."
+            )
         raise _refusal(report, label, list(report.dropped), hint, none_left=True)
 
 
@@ -336,7 +382,7 @@ def _refusal(
 ) -> DataError:
     counts = ", ".join(f"{reason} {report.dropped[reason]}" for reason in reasons)
     total = sum(report.dropped[reason] for reason in reasons)
-    what = "No row" if none_left else f"{total} of the {report.rows_in} rows"
+    what = "No row" if none_left else f"{total:,} of the {counted(report.rows_in, 'row')}"
     verdict = f"of {label} can train" if none_left else f"of {label} are refused"
     named = [line for line in report.examples if any(f": {reason}" in line for reason in reasons)]
     lines = "".join(f"\n  {line}" for line in named[:_EXAMPLES_PER_REASON])

@@ -25,6 +25,8 @@ FormatName = Literal[
     "chosen",
     "approved",
     "preference",
+    "compared",
+    "scored",
     "labelled",
     "stepwise",
     "prompt",
@@ -122,18 +124,30 @@ class DataSettings(Section):
     turns of a list of roles. A message's own `train` goes before it."""
     end_of_turn: Literal["turn", "all", "last", "none"] = "turn"
     """Tokens that end a turn and train: those of the turns that train, of all turns, of the last one, or none."""
-    prefix_mismatch: Literal["refuse", "context", "allow"] = "refuse"
+    prefix_mismatch: Literal["refuse", "context", "allow", "split"] = "refuse"
     """What becomes of a row in which a server's prompt is not the beginning of a turn that trains: it is refused
-    (see `malformed`), such turns are context, or they train nevertheless."""
+    (see `malformed`), such turns are context, they train nevertheless, or the row is split, each turn that trains a
+    document of its own that ends with it. `split` does so, too, where the template would lose the reasoning of an
+    earlier turn."""
     allow_control_tokens: bool = False
     """Let control tokens that stand in the text of users, tools and the system be control tokens; otherwise they
     are plain text."""
     date: Annotated[str, AfterValidator(_iso_date)] = "2025-01-01"
     """The day (year-month-day) that a chat template writes as today's: one for all runs, so that the tokens of a
     row do not change from day to day."""
-    overlong: Literal["drop", "truncate", "error"] = "truncate"
-    """What becomes of a row longer than `train.sequence_length`; always counted and named."""
+    overlong: Literal["drop", "truncate", "error", "split"] = "truncate"
+    """What becomes of a row longer than `train.sequence_length`; always counted and named. `split` makes several
+    documents of a plain text, and truncates other rows."""
+    overlap: int = Field(default=1, ge=0)
+    """Tokens that a piece of a plain text repeats of the piece before it, as context: they do not train again. The
+    default of one lets each token of a text train exactly once; with 0 the first one of a piece does not."""
+    join_texts: bool = False
+    """Join the plain texts of a source one behind the other, each with its EOS, and cut them into documents of
+    exactly `train.sequence_length` tokens, whose texts see each other; otherwise each text is a document."""
     malformed: Literal["drop", "error"] = "drop"
     """What becomes of a row that cannot be read or would train no token; always counted and named."""
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Processes that render and tokenise local files; 0 and 1 are none but the run's own. `auto` is one for each
+    core, at most 8, on Linux, and none elsewhere. The tokens are the same for any number; streams take none."""
     cache_dir: str | None = None
     """Folder of the tokenised cache; by default `~/.cache/tunesmith/tokens` (`$TUNESMITH_CACHE/tokens`)."""
