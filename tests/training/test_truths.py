@@ -110,12 +110,24 @@ def test_a_step_moves_parameters_by_the_hand_computed_gradient():
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "adafactor", "sgd"]
+    ("optimizer", "weights"),
+    [
+        *(
+            (name, "auto")
+            for name in ("adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "adafactor", "sgd")
+        ),
+        ("adamw", "bfloat16"),
+        ("adamw_8bit", "bfloat16"),
+    ],
 )
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    optimizer, tiny_model_dir: Path, tmp_path: Path
+    optimizer, weights, tiny_model_dir: Path, tmp_path: Path
 ):
-    """Stopped in the middle of the second epoch, with dropout on; losses, weights and held-out loss compared."""
+    """Stopped in the middle of the second epoch, with dropout on; losses, weights and held-out loss compared.
+
+    Weights in bfloat16 are rounded stochastically.
+    """
+    full = weights == "bfloat16" or optimizer.endswith("8bit")
 
     def settings(name: str, **train) -> dict:
         (tmp_path / name).mkdir(exist_ok=True)
@@ -123,7 +135,8 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
             tiny_model_dir,
             tmp_path / name,
             # the embedding of full fine-tuning is large enough to get 8-bit moments
-            adapter={"kind": "none"} if optimizer.endswith("8bit") else {"dropout": 0.2},
+            adapter={"kind": "none"} if full else {"dropout": 0.2},
+            model={"dtype": weights},
             train={"optimizer": optimizer, "packing": False, "global_batch": 8, "steps": 9, **train},
             output={"save_every": 7},
         )
@@ -154,6 +167,8 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     assert [event.loss for event in later.of("step")] == losses[7:]
     assert outcome.last_eval == events.of("eval")[-1].loss
     finished = whole.backend.trained_parameters()
+    if weights != "auto":
+        assert {parameter.dtype for parameter in finished.values()} == {torch.bfloat16}
     for name, parameter in rest.backend.trained_parameters().items():
         assert torch.equal(parameter, finished[name]), name
 

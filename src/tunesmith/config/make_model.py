@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from tunesmith.models.adapter import add_lora, load_lora, train_all
-from tunesmith.models.loader import load_model
+from tunesmith.models.loader import load_model, load_skeleton
 from tunesmith.models.vocabulary import resize, trainable_rows
+from tunesmith.planning.fit import ROUNDING, fits_in_float32
 from tunesmith.settings.run import RunSettings
 
 
@@ -20,28 +22,57 @@ class NewTokens(NamedTuple):
     ids: list[int]
 
 
+def weights_dtype(settings: RunSettings, dtype: torch.dtype, device_bytes: int) -> torch.dtype:
+    """Type in which full fine-tuning holds what it trains: float32, or bfloat16 where the optimizer can and it is
+    asked for, or float32 would not fit.
+
+    Args:
+        dtype: compute type of the run.
+        device_bytes: memory of the device, and not what is free of it: a run that goes on finds the same type.
+    """
+    model, optimizer = settings.model, settings.train.optimizer
+    if dtype != torch.bfloat16 or optimizer not in ROUNDING:
+        return torch.float32
+    if model.dtype == "bfloat16":
+        return torch.bfloat16
+    skeleton = load_skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    sizes = {True: 0, False: 0}
+    for name, parameter in skeleton.named_parameters():
+        sizes[any(fnmatch.fnmatchcase(name, pattern) for pattern in model.freeze)] += parameter.numel()
+    fits = fits_in_float32(
+        trained=sizes[False],
+        frozen_bytes=sizes[True] * dtype.itemsize,
+        optimizer=optimizer,
+        device_bytes=device_bytes,
+    )
+    return torch.float32 if fits else torch.bfloat16
+
+
 def make_model(settings: RunSettings, device: torch.device, dtype: torch.dtype, tokens: NewTokens) -> Any:
     """The model with what is trained on it."""
     model_settings, adapter = settings.model, settings.adapter
+    held = dtype
+    if adapter.kind == "none":
+        # float32 starts from the checkpoint's own values, not from values rounded to the compute type
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+        held = weights_dtype(settings, dtype, memory)
     model = load_model(
         model_settings.name,
         device=device,
-        # what is trained starts from the checkpoint's own values, not from values rounded to the compute type
-        dtype=torch.float32 if adapter.kind == "none" else dtype,
+        dtype=held,
         quantize=model_settings.quantize,
         revision=model_settings.revision,
         trust_remote_code=model_settings.trust_remote_code,
     )
     resize(model, tokens.tokenizer, tokens.ids)
     if adapter.kind == "none":
-        return train_all(model, model_settings.freeze, dtype)
+        return train_all(model, model_settings.freeze, dtype, held)
     if adapter.path is not None:
         return load_lora(model, adapter.path)
     layers: Sequence[int] | None = adapter.layers_to_transform
     if adapter.last_layers is not None:
         count = model.config.get_text_config().num_hidden_layers
         layers = range(max(0, count - adapter.last_layers), count)
-    whole = bool(adapter.modules_to_save)
     return add_lora(
         model,
         rank=adapter.rank,
@@ -57,5 +88,5 @@ def make_model(settings: RunSettings, device: torch.device, dtype: torch.dtype, 
         layers_to_transform=layers,
         rank_pattern=adapter.rank_pattern,
         alpha_pattern=adapter.alpha_pattern,
-        trainable_token_indices=None if whole else trainable_rows(model, tokens.ids),
+        trainable_token_indices=trainable_rows(model, tokens.ids, adapter.modules_to_save),
     )

@@ -65,7 +65,7 @@ Options = tuple[float, float, float, float, float]
 
 
 @jit()
-def _pointer(address, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def pointer_to(address, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
     pointer = tl.load(address).to(tl.pointer_type(ELEMENT))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -101,7 +101,7 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         tensor = tl.load(tensor_B + block)
         at, live = _span(extent_RP, tensor, block, tensors, ALIGNED, BLOCK)
-        grad = _pointer(address_RP + tensors + tensor, ELEMENT, ALIGNED)
+        grad = pointer_to(address_RP + tensors + tensor, ELEMENT, ALIGNED)
         g = tl.load(grad + at, mask=live, other=0.0).to(tl.float32)
         total += g * g
     # in float64, where it does not show that threads hold other elements when loads are not of 16 bytes
@@ -159,10 +159,10 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     if tl.load(scalar + 9 * tensors) != 0.0:
         at, live = _span(extent_RP, tensor, block, tensors, ALIGNED, BLOCK)
         address = address_RP + tensor
-        parameter = _pointer(address, ELEMENT, ALIGNED) + at
-        grad = _pointer(address + tensors, ELEMENT, ALIGNED) + at
-        first = _pointer(address + 2 * tensors, MOMENT, ALIGNED) + at
-        second = _pointer(address + 3 * tensors, MOMENT, ALIGNED) + at
+        parameter = pointer_to(address, ELEMENT, ALIGNED) + at
+        grad = pointer_to(address + tensors, ELEMENT, ALIGNED) + at
+        first = pointer_to(address + 2 * tensors, MOMENT, ALIGNED) + at
+        second = pointer_to(address + 3 * tensors, MOMENT, ALIGNED) + at
         g = tl.load(grad, mask=live, other=0.0).to(tl.float32) * tl.load(scalar)
         m = tl.load(first, mask=live, other=0.0).to(tl.float32) * tl.load(scalar + 4 * tensors)
         v = tl.load(second, mask=live, other=0.0).to(tl.float32) * tl.load(scalar + 6 * tensors)
@@ -291,12 +291,12 @@ def option_table(options: Sequence[Options], device: torch.device) -> Tensor:
     return staged([[*row, *log] for row, log in zip(options, logs, strict=True)], torch.float64, device)
 
 
-def _element(dtype: torch.dtype) -> Any:
+def element_type(dtype: torch.dtype) -> Any:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def _constants(table: Table) -> dict[str, Any]:
-    return {"ELEMENT": _element(table.dtype), "ALIGNED": table.aligned, "BLOCK": BLOCK, "num_warps": 4}
+def constants(table: Table) -> dict[str, Any]:
+    return {"ELEMENT": element_type(table.dtype), "ALIGNED": table.aligned, "BLOCK": BLOCK, "num_warps": 4}
 
 
 def clip_factor(tables: Sequence[Table], max_norm: float | None) -> Tensor:
@@ -308,7 +308,7 @@ def clip_factor(tables: Sequence[Table], max_norm: float | None) -> Tensor:
     for index, table in enumerate(tables):
         launch(
             _norm_kernel, (programs,), table.address_RP, table.extent_RP, table.tensor_B,
-            partial[index * programs :], len(table.members), len(table.tensor_B), **_constants(table),
+            partial[index * programs :], len(table.members), len(table.tensor_B), **constants(table),
         )  # fmt: skip
     limit = math.inf if max_norm is None else float(max_norm)
     launch(_clip_kernel, (1,), partial, clip_2, len(partial), limit, BLOCK=power_of_2(len(partial)))
@@ -346,8 +346,8 @@ def update_(
         scalar_RP = advance(table, option_GR, clip_2, found_inf)
         launch(
             _update_kernel, (len(table.tensor_B),), table.address_RP, table.extent_RP, table.tensor_B,
-            scalar_RP, len(table.members), seed or 0, MOMENT=_element(table.moment_dtype),
-            STOCHASTIC=seed is not None and table.dtype == torch.bfloat16, **_constants(table),
+            scalar_RP, len(table.members), seed or 0, MOMENT=element_type(table.moment_dtype),
+            STOCHASTIC=seed is not None and table.dtype == torch.bfloat16, **constants(table),
         )  # fmt: skip
 
 
@@ -358,7 +358,8 @@ def clip_reference(
     gradients: Sequence[Tensor], dtype: torch.dtype, max_norm: float | None, found_inf: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norm, factor that clips it, and whether the step is made, as the kernels find them."""
-    norm = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt()
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     factor = (math.inf if max_norm is None else max_norm) / (norm + 1e-6)
     apply = norm.isfinite()
     if found_inf is not None:
@@ -391,8 +392,32 @@ def adamw_reference_(
     numbers: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
     """`adamw_` in plain torch."""
-    dtype = accumulation_dtype(parameters[0].dtype)
-    norm, factor, apply = clip_reference(gradients, dtype, max_norm, found_inf)
+    norm, factor, apply = clip_reference(
+        gradients, accumulation_dtype(parameters[0].dtype), max_norm, found_inf
+    )
+    step_reference_(
+        parameters, gradients, exp_avgs, exp_avg_sqs, steps, groups=groups, options=options, factor=factor,
+        apply=apply, seed=seed, numbers=numbers,
+    )  # fmt: skip
+    return norm, *parameters, *exp_avgs, *exp_avg_sqs, *steps
+
+
+def step_reference_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    groups: Sequence[int],
+    options: Sequence[Options],
+    factor: Tensor,
+    apply: Tensor,
+    seed: int | None,
+    numbers: Sequence[int] | None,
+) -> None:
+    """The step after clipping: `factor` and `apply` are those of `clip_reference`, whose type is computed in."""
+    dtype = factor.dtype
     for index, parameter in enumerate(parameters):
         rate, beta1, beta2, eps, decay = options[groups[index]]
         m, v, step = exp_avgs[index], exp_avg_sqs[index], steps[index]
@@ -408,7 +433,6 @@ def adamw_reference_(
         rounded = rounded_reference(new, parameter.dtype, seed, step, number)
         for old, wide in ((parameter, rounded), (m, new_m), (v, new_v)):
             old.copy_(torch.where(apply, wide.to(old.dtype), old))
-    return norm, *parameters, *exp_avgs, *exp_avg_sqs, *steps
 
 
 # ---------------------------------------------------------------------- public

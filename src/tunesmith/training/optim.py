@@ -12,15 +12,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.training.fused_adamw import FusedAdamW, fits
+from tunesmith.training.fused_adamw import FusedAdamW, fits, plain, rounds
+from tunesmith.training.fused_adamw_8bit import FusedAdamW8bit
 
 Factory = Callable[[list[dict[str, Any]], float, tuple[float, float]], torch.optim.Optimizer]
 
 
 def _adamw(groups: list[dict[str, Any]], rate: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-    if fits(parameter for group in groups for parameter in group["params"]):
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    if fits(parameters) or (plain(parameters) and rounds(parameters)):
         return FusedAdamW(groups, lr=rate, betas=betas)
     return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+
+
+def _adamw_8bit(
+    groups: list[dict[str, Any]], rate: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    if plain(parameter for group in groups for parameter in group["params"]):
+        return FusedAdamW8bit(groups, lr=rate, betas=betas)
+    return _bitsandbytes("AdamW8bit")(groups, rate, betas)
 
 
 def _sgd(groups: list[dict[str, Any]], rate: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
@@ -47,7 +57,7 @@ def _bitsandbytes(name: str) -> Factory:
 
 OPTIMIZERS: dict[str, Factory] = {
     "adamw": _adamw,
-    "adamw_8bit": _bitsandbytes("AdamW8bit"),
+    "adamw_8bit": _adamw_8bit,
     "paged_adamw_8bit": _bitsandbytes("PagedAdamW8bit"),
     "lion_8bit": _bitsandbytes("Lion8bit"),
     "adafactor": _adafactor,
