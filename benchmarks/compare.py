@@ -73,7 +73,7 @@ class Results:
 def missing_packages(case: Case, system: System) -> list[str]:
     """Packages that the system lacks for this case; nothing is imported."""
     needs = {*system.needs, "torch", "transformers", "peft"}
-    if case.adapter == "qlora":
+    if case.adapter in ("qlora", "full"):
         needs.add("bitsandbytes")
     return sorted(name for name in needs if importlib.util.find_spec(name) is None)
 

@@ -137,11 +137,11 @@ def base_model(config: dict[str, Any], seed: int = 0) -> Any:
 def random_model(
     shape: str, adapter: str, *, layers: int | None = None, rank: int = 16, seed: int = 0
 ) -> Any:
-    """A model of a named shape with a LoRA adapter on all its projections, bfloat16, on the GPU.
+    """A model of a named shape with a LoRA adapter on all its projections, or trained whole, bfloat16, on the GPU.
 
     Args:
         shape: a row of `SHAPES`.
-        adapter: `lora` (bfloat16 weights) or `qlora` (NF4).
+        adapter: `lora` (bfloat16 weights), `qlora` (NF4) or `full` (none; all weights train).
         layers: fewer layers than the shape has.
     """
     import torch
@@ -149,6 +149,8 @@ def random_model(
     from tunesmith.models.adapter import add_lora
 
     model = base_model(SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {}), seed)
+    if adapter == "full":
+        return model.requires_grad_(True)
     if adapter == "qlora":
         device, dtype = device_and_dtype()
         _quantise(model, dtype, device)

@@ -2,8 +2,8 @@
 
     python benchmarks/step.py --shape 8b --adapter qlora --batch 2x4096 --policy keep recompute
 
-Forward, backward, clipping and AdamW are timed with the loop that training uses; one process a case, median over
-the timed steps. `--profile` prints where the GPU's time goes.
+Forward, backward, clipping and AdamW (in 8 bits where all weights train) are timed with the loop that training uses;
+one process a case, median over the timed steps. `--profile` prints where the GPU's time goes.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def run_case(arguments: argparse.Namespace, policy: str) -> dict[str, Any]:
     lengths = documents(*arguments.batch, arguments.mean)
     batches = [random_batch(lengths, arguments.supervised, seed) for seed in range(4)]
     graphs = {"auto": None, "always": True, "never": False}[arguments.graphs]
-    with training_step(model, policy, device, dtype, tokens=sum(lengths), graphs=graphs) as (step, installed):
+    with training_step(
+        model, policy, device, dtype, tokens=sum(lengths), adapter=arguments.adapter, graphs=graphs
+    ) as (step, installed):
         timing = time_steps(
             lambda number: step(batches[number % 4]),
             steps=arguments.steps,
@@ -91,7 +93,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", default="8b")
-    parser.add_argument("--adapter", choices=("lora", "qlora"), default="qlora")
+    parser.add_argument("--adapter", choices=("lora", "qlora", "full"), default="qlora")
     parser.add_argument("--batch", type=batch_size, default=(2, 4096), help="rows x length, such as 2x4096")
     parser.add_argument("--mean", type=int, help="pack documents of this mean length instead of equal rows")
     parser.add_argument("--supervised", type=float, default=1.0, help="share of positions that train")

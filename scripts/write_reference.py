@@ -223,12 +223,12 @@ Written by `scripts/write_reference.py` from `ARCHITECTURES` in `planning/archit
 
 A model whose `model_type` (in its `config.json`) is in this table runs on a GPU with the hand-written layer
 ([memory and speed](memory-and-speed.md)). Each row is compared with transformers in `tests/models/test_families.py`:
-logits and the gradients of all adapters, over packed documents and plain batches, every policy giving the same bits.
-Fine-tuned models of any name have the type of the model that they come from: DeepSeek-R1's distills are `llama` and
-`qwen2`.
+logits and all gradients, of adapters and of weights that train, over packed documents and plain batches, every policy
+giving the same bits. Fine-tuned models of any name have the type of the model that they come from: DeepSeek-R1's
+distills are `llama` and `qwen2`.
 
 Every other causal model, and one of these whose config holds what the last column names, trains on its stock layers,
-with packed attention and the same loss. So does a layer whose norms or weights are trained.
+with packed attention and the same loss.
 """
 
 FAMILIES_TAIL = """

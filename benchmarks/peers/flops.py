@@ -15,19 +15,23 @@ ATTENTION_PRODUCTS = 7
 the scores once more)."""
 
 
-def step_flops(config: dict[str, Any], lengths: Sequence[int], supervised: int, rank: int) -> float:
+def step_flops(
+    config: dict[str, Any], lengths: Sequence[int], supervised: int, rank: int, *, full: bool = False
+) -> float:
     """FLOPs of forward and backward of one step without recomputing, a multiply-add counted as two.
 
-    Base weights are frozen: one GEMM forward, one for the gradient of the input, none for the weight. Adapters
-    train: three GEMMs. Attention counts the pairs of each document that causality leaves. The head sees the
-    supervised positions only.
+    Base weights that are frozen take one GEMM forward, one for the gradient of the input, none for the weight. What
+    trains takes three: adapters, or all weights with `full`. Attention counts the pairs of each document that
+    causality leaves. The head sees the supervised positions only.
 
     Args:
         config: keyword arguments of the model's config.
         lengths: tokens of each document.
         supervised: tokens that train.
-        rank: of the adapters on all seven projections.
+        rank: of the adapters on all seven projections, 0 without.
+        full: whether the weights train.
     """
+    gemms = 3 if full else 2
     width, inner = config["hidden_size"], config["intermediate_size"]
     queries, keys = attention_widths(config)
     projections = (
@@ -35,12 +39,12 @@ def step_flops(config: dict[str, Any], lengths: Sequence[int], supervised: int, 
         (width, inner), (width, inner), (inner, width),
     )  # fmt: skip
     tokens = sum(lengths)
-    base = 2 * 2 * tokens * sum(inputs * outputs for inputs, outputs in projections)
+    base = 2 * gemms * tokens * sum(inputs * outputs for inputs, outputs in projections)
     adapters = 3 * 2 * tokens * rank * sum(inputs + outputs for inputs, outputs in projections)
     attention = ATTENTION_PRODUCTS * 2 * queries * sum(
         sum(_pairs(length, window) for length in lengths) for window in _windows(config)
     )  # fmt: skip
-    head = 2 * 2 * supervised * width * config["vocab_size"]
+    head = 2 * gemms * supervised * width * config["vocab_size"]
     return float(config["num_hidden_layers"] * (base + adapters) + attention + head)
 
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks.batches import LAYOUTS, Documents, documents, random_documents
 from benchmarks.loop import Timing, release, time_steps
 from benchmarks.peers.flops import step_flops
-from benchmarks.peers.tables import RANK, Work
+from benchmarks.peers.tables import OPTIMIZERS, RANK, Work
 
 BATCHES = 4
 """Different batches, taken in turn."""
@@ -39,7 +39,13 @@ def row_of(work: Work, batches: list[Documents], layout: str, timing: Timing, po
         "positions": positions,
         "supervised": first.supervised,
         "batch": first.digest,
-        "flops": step_flops(work.config, first.lengths, first.supervised, RANK),
+        "flops": step_flops(
+            work.config,
+            first.lengths,
+            first.supervised,
+            0 if work.adapter == "full" else RANK,
+            full=work.adapter == "full",
+        ),
     }
 
 
@@ -49,9 +55,25 @@ def failure(layout: str, error: BaseException) -> Inputs:
     return {"layout": layout, "status": "oom", "reason": lines[0][:200]}
 
 
+def _adamw(trained: list[torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trained, lr=rate, fused=True)
+
+
+def _adamw_8bit(trained: list[torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    import bitsandbytes
+
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=rate)
+    return optimizer
+
+
+PEERS_OPTIMIZERS = {"adamw": _adamw, "adamw_8bit": _adamw_8bit}
+"""What stands for an optimizer of ours in the peers' steps."""
+
+
 def _time_layout(model: Any, work: Work, inputs: list[Inputs], device: torch.device) -> Timing:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-4, fused=True)
+    name, rate = OPTIMIZERS[work.adapter]
+    optimizer = PEERS_OPTIMIZERS[name](trained, rate)
 
     def step(number: int) -> torch.Tensor:
         loss = model(**inputs[number % BATCHES]).loss
@@ -70,17 +92,18 @@ def measure_layouts(
     device: torch.device,
     adapt: Callable[[str, Documents, Inputs], Inputs] | None = None,
 ) -> Iterator[Inputs]:
-    """Time the model, in training mode, in each layout of `work`, from the same adapter each time.
+    """Time the model, in training mode, in each layout of `work`, from the same parameters each time.
 
     Args:
         adapt: changes the keyword arguments of a forward on the device, for what a system wants besides.
     """
     batches = batches_of(work)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    initial = [parameter.detach().to("cpu", copy=True) for parameter in trained]
+    again = len(work.layouts) > 1
+    initial = [parameter.detach().to("cpu", copy=True) for parameter in trained] if again else []
     for layout in work.layouts:
         with torch.no_grad():
-            for parameter, value in zip(trained, initial, strict=True):
+            for parameter, value in zip(trained, initial, strict=again):
                 parameter.copy_(value)
         inputs: list[Inputs] = [
             {name: tensor.to(device) for name, tensor in LAYOUTS[layout](row).items()} for row in batches

@@ -56,6 +56,8 @@ BARS = (
         over=("8b-qlora", KEEP)),
     Bar("135M LoRA with 10% supervised over all supervised", "135m-lora-masked", KEEP, at_least=1.2,
         over=("135m-lora", KEEP)),
+    Bar("8B full fine-tuning with 8-bit Adam over the better of transformers", "8b-full", (OURS,), at_least=1.3,
+        over=("8b-full", STOCK)),
 )  # fmt: skip
 
 

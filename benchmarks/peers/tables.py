@@ -9,6 +9,11 @@ from typing import Any
 RANK = 16
 """Of the adapters of all systems, on all projections, with alpha = rank."""
 
+OPTIMIZERS = {"lora": ("adamw", 2e-4), "qlora": ("adamw", 2e-4), "full": ("adamw_8bit", 2e-5)}
+"""Optimizer and learning rate by what trains, under our names; the peers' are torch's and bitsandbytes'."""
+
+_TITLES = {"lora": "LoRA", "qlora": "QLoRA", "full": "full fine-tuning"}
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -16,7 +21,7 @@ class Case:
 
     Attributes:
         shape: a row of `shapes.SHAPES`.
-        adapter: `lora` (16-bit weights) or `qlora` (NF4).
+        adapter: `lora` (16-bit weights), `qlora` (NF4) or `full`: no adapter, all weights train in 16 bits.
         rows, length: rows · length tokens a step.
         systems: rows of `SYSTEMS` in the order in which they run: what is compared stands side by side.
         mean: documents of this mean length instead of equal rows.
@@ -40,7 +45,7 @@ class Case:
     @property
     def title(self) -> str:
         """A line for people."""
-        what = f"{self.shape.upper()} {'QLoRA' if self.adapter == 'qlora' else 'LoRA'}"
+        what = f"{self.shape.upper()} {_TITLES[self.adapter]}"
         size = f"{self.rows}×{self.length:,} tokens"
         extra = [f"documents of mean length {self.mean}"] if self.mean else []
         extra += [f"{self.supervised:.0%} of positions supervised"] if self.supervised < 1 else []
@@ -142,6 +147,9 @@ _ALL = (
 )  # fmt: skip
 _SMALL = ("tunesmith-keep", "unsloth-none", "stock", "unsloth", "liger", "stock-checkpointing")
 _KEPT = ("tunesmith-keep", "unsloth-none", "unsloth")
+_FULL = (
+    "tunesmith-keep", "tunesmith-recompute_gate_up", "tunesmith-recompute", "stock", "stock-checkpointing", "liger"
+)  # fmt: skip
 _FAMILY = ("tunesmith-keep", "unsloth-none", "tunesmith-offload_attention", "unsloth")
 
 CASES: dict[str, Case] = {
@@ -149,6 +157,7 @@ CASES: dict[str, Case] = {
     "8b-lora": Case("8b", "lora", 2, 4096, ("tunesmith-keep_all", *_KEPT, "liger")),
     "8b-qlora-packed": Case("8b", "qlora", 2, 4096, (*_KEPT, "liger"), mean=512, expected=100),
     "8b-qlora-masked": Case("8b", "qlora", 2, 4096, _KEPT, supervised=0.1),
+    "8b-full": Case("8b", "full", 1, 4096, _FULL, expected=120),
     "135m-lora": Case("135m", "lora", 8, 512, _SMALL, steps=20, warm=5, expected=50),
     "135m-lora-masked": Case("135m", "lora", 8, 512, _KEPT, supervised=0.1, steps=20, warm=5, expected=50),
     **{

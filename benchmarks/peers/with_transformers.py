@@ -17,7 +17,7 @@ from benchmarks.shapes import device_and_dtype, projections
 
 
 def load(work: Work, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model with a fresh adapter, in training mode."""
+    """The model with a fresh adapter, or with all of it trained, in training mode."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -45,6 +45,8 @@ def load(work: Work, device: torch.device, dtype: torch.dtype) -> Any:
     if work.options["checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
+    if work.adapter == "full":
+        return model.train()
     torch.manual_seed(0)
     lora = LoraConfig(
         r=RANK,

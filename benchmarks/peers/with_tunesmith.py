@@ -11,7 +11,7 @@ import torch
 from benchmarks.batches import token_batch
 from benchmarks.loop import time_steps
 from benchmarks.peers.measure import batches_of, failure, row_of
-from benchmarks.peers.tables import RANK, Work
+from benchmarks.peers.tables import OPTIMIZERS, RANK, Work
 from benchmarks.shapes import device_and_dtype
 from tunesmith.contracts.batch import TokenBatch
 from tunesmith.distributed.single import SingleDevice
@@ -36,18 +36,21 @@ def training_step(
     dtype: torch.dtype,
     *,
     tokens: int,
+    adapter: str,
     graphs: bool | None = None,
 ) -> Iterator[tuple[Step, Installed | None]]:
     """One step of training as a function from a batch to its loss, and what was installed.
 
     Args:
-        model: with an adapter, on `device`.
+        model: with an adapter or with all of it trained, on `device`.
         policy: a row of `POLICIES`, or `stock` for layers as they are.
         tokens: of a step.
+        adapter: what trains, a row of `OPTIMIZERS`.
         graphs: record CUDA graphs; None where training would.
     """
     causal = CausalModel(model, dtype)
-    optimizer = build_optimizer("adamw", model, learning_rate=2e-4, weight_decay=0.01, betas=(0.9, 0.999))
+    name, rate = OPTIMIZERS[adapter]
+    optimizer = build_optimizer(name, model, learning_rate=rate, weight_decay=0.01, betas=(0.9, 0.999))
     installed = None if policy == "stock" else install(model, policy=policy)
     if graphs is None:
         graphs = installed is not None and device.type == "cuda" and installed.recordable() is None
@@ -76,12 +79,18 @@ def measure(work: Work) -> Iterator[dict[str, Any]]:
     model = load_model(
         work.checkpoint, device=device, dtype=dtype, quantize="nf4" if work.adapter == "qlora" else "none"
     )
-    model = add_lora(model, rank=RANK, alpha=float(RANK), dropout=0.0, targets="all-linear", seed=0)
+    if work.adapter == "full":
+        model.requires_grad_(True)
+    else:
+        model = add_lora(model, rank=RANK, alpha=float(RANK), dropout=0.0, targets="all-linear", seed=0)
     documents = batches_of(work)
     batches = [token_batch(row) for row in documents]
     try:
         policy, tokens = work.options["policy"], batches[0].tokens
-        with training_step(model, policy, device, dtype, tokens=tokens) as (step, installed):
+        with training_step(model, policy, device, dtype, tokens=tokens, adapter=work.adapter) as (
+            step,
+            installed,
+        ):
             timing = time_steps(
                 lambda number: step(batches[number % len(batches)]),
                 steps=work.steps,

@@ -58,6 +58,14 @@ def test_templates_that_do_not_fit(arguments: dict[str, Any], message: str) -> N
         get_chat_template(tiny_tokenizer(), **arguments)
 
 
+def test_what_a_template_is_not() -> None:
+    with pytest.raises(UserError, match="chat_template is None, and has to be a name or Jinja text"):
+        get_chat_template(tiny_tokenizer(), None)
+    with pytest.raises(UserError, match=r"system_message is not possible; .*\nBegin each conversation with"):
+        get_chat_template(tiny_tokenizer(), "chatml", system_message="Be kind.")
+    get_chat_template(tiny_tokenizer(), "chatml", system_message=None)
+
+
 def test_other_names_are_of_templates() -> None:
     assert set(ALIASES.values()) <= TEMPLATES.keys()
     assert not ALIASES.keys() & TEMPLATES.keys()
@@ -84,6 +92,14 @@ def test_sharegpt_that_cannot_be_read() -> None:
         standardize_sharegpt(data)
 
 
+def test_a_sentence_for_scripts_and_not_for_run_files() -> None:
+    data = Dataset.from_dict({"conversations": [SHAREGPT, [{"from": "humman", "value": "Two?"}]]})
+    with pytest.raises(UserError, match=r"the role 'humman'.\nRename it in the data, to user,"):
+        standardize_sharegpt(data)
+    with pytest.raises(UserError, match="row 1 has no list of messages in 'conversations'"):
+        standardize_sharegpt(Dataset.from_dict({"conversations": [SHAREGPT, None]}))
+
+
 def test_bfloat16_is_not_for_cpus(monkeypatch) -> None:
     import torch
 
@@ -93,3 +109,15 @@ def test_bfloat16_is_not_for_cpus(monkeypatch) -> None:
     for capability, expected in (((9, 0), True), ((8, 0), True), ((7, 5), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=0, c=capability: c)
         assert is_bfloat16_supported() == expected
+
+
+def test_a_tokenizer_is_as_it_was_where_something_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    before = tokenizer.chat_template, tokenizer.eos_token
+    with pytest.raises(UserError, match="no token '<end>'"):
+        get_chat_template(
+            tokenizer, ("{% for message in messages %}{{ message.content }}{% endfor %}", "<end>")
+        )
+    with pytest.raises(UserError, match="mapping has 'assistent'"):
+        get_chat_template(tokenizer, "chatml", {"assistent": "gpt"})
+    assert (tokenizer.chat_template, tokenizer.eos_token) == before

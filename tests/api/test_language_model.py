@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from tunesmith import FastLanguageModel, UserError
 from tunesmith.api import memory
 from tunesmith.api.arguments import ADAPTING, LOADING
 from tunesmith.api.facts import facts_of
+from tunesmith.api.prepared import NOT_HERE
 
 IDS = torch.arange(3, 40)[None]
 
@@ -200,12 +202,12 @@ def test_a_peft_model_that_starts_where_the_base_is(tiny_model_dir: Path, capsys
         ({"use_dora": True}, {"use_dora": True}),
         ({"bias": "all"}, {"bias": "all"}),
         ({"lora_dropout": 0.1}, {"lora_dropout": 0.1}),
-        ({"trainable_token_indices": [5, 6]}, {"trainable_token_indices": [5, 6]}),
+        ({"trainable_token_indices": [5, 6]}, {"trainable_token_indices": {"embed_tokens": [5, 6]}}),
         ({"rank_pattern": {"q_proj": 2}}, {"rank_pattern": {"q_proj": 2}}),
         ({"alpha_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}}),
         ({"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa"}),
         ({"exclude_modules": ["q_proj"]}, {"exclude_modules": {"q_proj"}}),
-        ({"trainable_token_indices": [5]}, {"trainable_token_indices": [5]}),
+        ({"trainable_token_indices": {"lm_head": [5]}}, {"trainable_token_indices": {"lm_head": [5]}}),
         ({"lora_bias": True}, {"lora_bias": True}),
     ],
     ids=str,
@@ -271,6 +273,59 @@ def test_an_adapter_directory_trains_on(tiny_model_dir: Path, tmp_path: Path) ->
         FastLanguageModel.get_peft_model(model, r=8, lora_alpha=8)
     with pytest.raises(UserError, match="is an adapter, whose base stays frozen"):
         load(tmp_path / "adapter", load_in_4bit=None, full_finetuning=True)
+
+
+OTHERS = {
+    "target_modules": (["q_proj"], r".*\.q_proj"),
+    "modules_to_save": (["lm_head"],),
+    "rank_pattern": ({"q_proj": 2},),
+    "layers_to_transform": ([0], 1),
+    "exclude_modules": (["q_proj"],),
+    "trainable_token_indices": ([5],),
+    "lora_bias": (True,),
+}
+
+
+def test_an_adapter_that_is_there_is_compared_in_everything_that_is_given(tiny_model_dir: Path) -> None:
+    model, _ = load(tiny_model_dir)
+    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    for targets in (None, "all-linear", every, r".*_proj"):
+        assert FastLanguageModel.get_peft_model(model, r=4, target_modules=targets) is model
+    for name, values in OTHERS.items():
+        for value in values:
+            with pytest.raises(UserError, match=f"carries an adapter with {name}="):
+                FastLanguageModel.get_peft_model(model, r=4, **{name: value})
+    options: dict[str, Any] = {
+        "target_modules": every[:2], "modules_to_save": ["embed_tokens", "lm_head"], "rank_pattern": {"q_proj": 2},
+        "layers_to_transform": range(1),
+    }  # fmt: skip
+    for some in (options, {"trainable_token_indices": [5, 6]}):
+        model = FastLanguageModel.get_peft_model(load(tiny_model_dir)[0], r=4, **some)
+        assert FastLanguageModel.get_peft_model(model, r=4, **some) is model
+
+
+def test_a_wrong_word_changes_nothing(tiny_model_dir: Path) -> None:
+    with pytest.raises(UserError, match="use_gradient_checkpointing='unslot' is none of"):
+        load(tiny_model_dir, use_gradient_checkpointing="unslot")
+    model, _ = load(tiny_model_dir)
+    with pytest.raises(UserError, match="use_gradient_checkpointing=1 is none of"):
+        FastLanguageModel.get_peft_model(model, use_gradient_checkpointing=1)
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_a_model_is_as_it_was_where_it_cannot_be_measured(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    model = adapted(tiny_model_dir)
+    monkeypatch.setattr("tunesmith.api.memory.set_policy", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        FastLanguageModel.for_training(model, use_gradient_checkpointing=True)
+    assert facts_of(model).attached is None
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
 def test_new_tokens(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -393,6 +448,11 @@ def test_a_merged_model_loads_in_plain_transformers(
 def test_other_ways_to_save(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = disturb(adapted(tiny_model_dir))
     model.save_pretrained_merged(tmp_path / "lora", save_method="lora")
+    with pytest.raises(UserError, match="holds an adapter, and what loads the folder would take that"):
+        model.save_pretrained_merged(tmp_path / "lora")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file"):
+        model.save_pretrained_merged(tmp_path / "file")
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tmp_path / "lora")
     assert torch.equal(logits(plain), logits(model))
     for method, message in (
@@ -425,3 +485,43 @@ def test_names_are_lazy_and_complete() -> None:
     assert tunesmith.FastModel is FastLanguageModel
     for name in tunesmith.__all__:
         assert getattr(tunesmith, name) is not None
+
+
+# ---------------------------------------------------------------- what scripts for Unsloth call
+
+
+@pytest.mark.parametrize("name", NOT_HERE)
+def test_a_method_that_is_not_here_says_what_to_do(tiny_model_dir: Path, name: str) -> None:
+    model = copy.deepcopy(adapted(tiny_model_dir))
+    with pytest.raises(UserError, match=f"{name} is not here.\nUse save_pretrained_merged"):
+        getattr(model, name)("folder", None, quantization_method="q4_k_m")
+
+
+def test_the_table_names_what_trains(tiny_model_dir: Path, capsys) -> None:
+    def said(**options: Any) -> str:
+        adapted(tiny_model_dir, quiet=False, **options)
+        return capsys.readouterr().out.splitlines()[1].split(": ")[1]
+
+    assert said() == "a LoRA adapter"
+    assert (
+        said(modules_to_save=["embed_tokens", "lm_head"]) == "a LoRA adapter, embed_tokens"
+    )  # which are the head
+    assert said(trainable_token_indices=[5], bias="all") == "a LoRA adapter, rows of the embeddings, biases"
+
+
+def test_ids_of_tokens_train_in_the_head_as_well(tmp_path: Path) -> None:
+    model = adapted(
+        save_tiny_model(tmp_path / "model", tie_word_embeddings=False), trainable_token_indices=[5]
+    )
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert len(trained) == 2
+    assert {"lm_head" in name for name in trained} == {True, False}
+    assert FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8, trainable_token_indices=[5]) is model
+    with pytest.raises(UserError, match=r"trainable_token_indices=\[5\] already, and .*=\[6\] asks"):
+        FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8, trainable_token_indices=[6])
+
+
+def test_one_new_token_needs_no_list(tiny_model_dir: Path) -> None:
+    model, tokenizer = load(tiny_model_dir)
+    (number,) = tunesmith.add_new_tokens(model, tokenizer, "<call>")
+    assert tokenizer.convert_ids_to_tokens(number) == "<call>"

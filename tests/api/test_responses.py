@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from transformers import TrainingArguments
+from trl.trainer.sft_config import SFTConfig
 
 from tests.support.tiny import tiny_tokenizer
 from tunesmith import FastLanguageModel, SFTTrainer, UserError, train_on_responses_only
@@ -101,7 +102,8 @@ def make(tiny_model_dir: Path, tmp_path: Path):
 
     def build(texts: list[str], **changes: Any) -> Any:
         data = Dataset.from_dict({"text": texts})
-        return SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=data, args=args, **changes)
+        changes = {"args": args} | changes
+        return SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=data, **changes)
 
     return build
 
@@ -122,6 +124,22 @@ def test_a_trainer_trains_on_answers(make, packing: bool) -> None:
     assert sorted("".join(found).split(">")) == sorted("".join(answers).split(">"))
     assert trained_of(trainer, trainer.eval_dataset["held"]) == answers[:1]
     trainer.train()
+
+
+def test_an_answer_ends_where_its_document_does(make) -> None:
+    """What comes next in a packed row is another text, which may begin with something else than a question."""
+    texts = [f"Be kind.\n{ASK}Add {n}.\n\n{ANSWER}It is {n}." for n in range(3)]
+    trainer = train_on_responses_only(make(texts, packing=True), ASK, ANSWER)
+    assert [len(lengths) for lengths in trainer.train_dataset["seq_lengths"]] == [3]
+    found = "".join(trained_of(trainer, trainer.train_dataset))
+    assert sorted(found.split("<|im_end|>")) == ["", *(f"It is {n}." for n in range(3))]
+
+
+def test_packing_that_cuts_texts(make, tmp_path: Path) -> None:
+    args = SFTConfig(output_dir=str(tmp_path), packing=True, packing_strategy="wrapped", bf16=False)
+    trainer = make([f"{ASK}Add.\n\n{ANSWER}Four."], args=args)
+    with pytest.raises(UserError, match="packing_strategy='wrapped' cuts texts"):
+        train_on_responses_only(trainer, ASK, ANSWER)
 
 
 def test_rows_without_an_answer_are_counted(make, capsys) -> None:

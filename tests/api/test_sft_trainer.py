@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from tunesmith import FastLanguageModel, SFTTrainer, UserError
+from tunesmith import FastLanguageModel, SFTTrainer, UserError, add_new_tokens
 from tunesmith.api import memory
 from tunesmith.api.facts import facts_of
 from tunesmith.api.trainer_arguments import MOVED, TRAINING
@@ -132,6 +132,37 @@ def test_other_mistakes(tiny_model_dir: Path, tmp_path: Path) -> None:
         )
 
 
+def test_mistakes_that_trl_meets_too_late(tiny_model_dir: Path, tmp_path: Path) -> None:
+    args = plain(tmp_path)
+    for wrong, kind in (((1, 2), "tuple"), (None, "NoneType")):
+        with pytest.raises(UserError, match=f"takes a model, and this is a {kind}"):
+            SFTTrainer(model=wrong, train_dataset=rows())
+    with pytest.raises(UserError, match=r"train_dataset has no column 'txt'.\nIt has question, text"):
+        make(tiny_model_dir, args=args, dataset_text_field="txt")
+    with pytest.raises(UserError, match="eval_dataset has no column 'text'"):
+        make(tiny_model_dir, args=args, eval_dataset={"test": rows().select_columns("question")})
+    with pytest.raises(UserError, match="train_dataset has no rows"):
+        make(tiny_model_dir, args=args, train_dataset=rows().select([]))
+    with pytest.raises(UserError, match="loraplus_lr_ratio is -1, and has to be a number above 0"):
+        make(tiny_model_dir, args=args, loraplus_lr_ratio=-1)
+    with pytest.raises(UserError, match="embedding_learning_rate is given, and neither"):
+        make(tiny_model_dir, args=args, embedding_learning_rate=1e-5)
+
+
+def test_rows_of_new_tokens_train(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """With a tied head, whose weight and bias TRL asks for."""
+    text = Dataset.from_dict({"text": ["<call> four apples", "<call> five apples"] * 4})
+    model, tokenizer = FastLanguageModel.from_pretrained(str(tiny_model_dir), load_in_4bit=False, quiet=True)
+    ids = add_new_tokens(model, tokenizer, ["<call>"])
+    model = FastLanguageModel.get_peft_model(model, r=4, trainable_token_indices=ids)
+    row = model.get_base_model().get_input_embeddings().weight[ids].detach().clone()
+    args = plain(tmp_path, learning_rate=1e-2)
+    SFTTrainer(
+        model=model, tokenizer=tokenizer, train_dataset=text, args=args, embedding_learning_rate=1e-2
+    ).train()
+    assert not torch.equal(model.get_base_model().get_input_embeddings().weight[ids], row)
+
+
 def test_tables_do_not_overlap() -> None:
     assert not MOVED.keys() & TRAINING.keys()
     assert set(MOVED.values()) <= set(SFTConfig.__dataclass_fields__)
@@ -149,6 +180,22 @@ def test_half_precision_is_not_asked_of_a_cpu(tiny_model_dir: Path, tmp_path: Pa
     assert not trainer.args.fp16
     assert "fp16 is for GPUs; this CPU computes in float32." in capsys.readouterr().out
     trainer.train()
+
+
+def test_one_gpu_of_several(tiny_model_dir: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """transformers would multiply the batch by their number, and copy a model whose layers stay on the first."""
+    stock = SFTConfig.__post_init__
+
+    def two_gpus(self: Any) -> None:
+        stock(self)
+        self._n_gpu = 2
+
+    monkeypatch.setattr(SFTConfig, "__post_init__", two_gpus)
+    trainer = make(
+        tiny_model_dir, args=today(tmp_path, per_device_train_batch_size=2), loading={"quiet": False}
+    )
+    assert (trainer.args.n_gpu, trainer.args.train_batch_size) == (1, 2)
+    assert "a process trains on one GPU" in capsys.readouterr().out
 
 
 def test_adapters_on_a_quantised_base_stay_float32(wide_model_dir: Path, tmp_path: Path) -> None:
@@ -240,7 +287,8 @@ def test_a_missing_trl_is_one_sentence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "policy"), [("unsloth", "offload"), (True, "recompute"), (False, "keep"), ("auto", "keep_all")]
+    ("value", "policy"),
+    [("unsloth", "offload_attention"), (True, "recompute"), (False, "keep"), ("auto", "keep_all")],
 )
 def test_fused_layers_train_to_the_same_losses(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch, value: bool | str, policy: str

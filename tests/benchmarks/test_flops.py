@@ -24,6 +24,11 @@ def test_by_hand():
     assert step_flops(SMALL, [3, 2], supervised=3, rank=1) == 3 * (base + adapters + attention) + head
 
 
+def test_weights_that_train_take_a_third_product():
+    frozen = step_flops(SMALL, [3, 2], supervised=3, rank=0)
+    assert step_flops(SMALL, [3, 2], 3, 0, full=True) - frozen == 3 * 2 * 5 * 144 + 2 * 3 * 4 * 16
+
+
 def test_the_8b_shape_needs_33_8_gflop_a_token():
     assert step_flops(SHAPES["8b"], [4096, 4096], supervised=8192, rank=0) / 8192 == pytest.approx(
         33.8e9, rel=2e-3

@@ -59,6 +59,36 @@ def test_stock_and_ours_lose_the_same(checkpoint):
     assert expected[0] > expected[-1], "it trains"
 
 
+def test_full_fine_tuning_loses_the_same(checkpoint, monkeypatch):
+    """With an optimizer that rounds alike in both, which those of 8 bits do not."""
+    from benchmarks.peers import tables
+
+    monkeypatch.setitem(tables.OPTIMIZERS, "full", ("adamw", 2e-3))
+    expected = stock(checkpoint, ["rows"], adapter="full")["rows"]
+
+    assert ours(checkpoint, adapter="full") == pytest.approx(expected, abs=TOLERANCE)
+    assert ours(checkpoint, "recompute", adapter="full") == pytest.approx(expected, abs=TOLERANCE)
+    assert stock(checkpoint, ["rows"], checkpointing=True, adapter="full")["rows"] == pytest.approx(
+        expected, abs=TOLERANCE
+    )
+    assert expected[0] - expected[-1] > 0.01, "it trains"
+
+
+def test_full_fine_tuning_is_with_8_bits(checkpoint, monkeypatch):
+    from benchmarks.peers import measure
+
+    built = []
+
+    def adamw_8bit(trained, rate):
+        built.append(rate)
+        return torch.optim.AdamW(trained, lr=rate)
+
+    monkeypatch.setitem(measure.PEERS_OPTIMIZERS, "adamw_8bit", adamw_8bit)
+    expected = stock(checkpoint, ["rows"], adapter="full")["rows"]
+    assert built == [2e-5]
+    assert ours(checkpoint, adapter="full") == pytest.approx(expected, abs=1e-3)
+
+
 @pytest.mark.parametrize("supervised", [1.0, 0.3])
 def test_packed_and_padded_documents_lose_the_same(checkpoint, supervised):
     changes = {"mean": 20, "supervised": supervised}

@@ -19,7 +19,7 @@ from tunesmith.models.attention import packed_attention
 from tunesmith.models.head import CausalModel
 from tunesmith.models.install import Installed, install
 from tunesmith.models.policy import POLICIES
-from tunesmith.models.probe import policy_costs
+from tunesmith.models.probe import fixed_bytes, policy_costs
 from tunesmith.planning.fit import STOCK_POLICIES, USABLE, Fit
 from tunesmith.settings.run import PolicyName, RunSettings
 
@@ -80,7 +80,7 @@ def test_a_policy_that_recomputes_layers_reaches_those_that_are_stock_among_the_
         tiny_llama(num_hidden_layers=3), rank=2, alpha=4, dropout=0.0, targets="all-linear", seed=0
     )
     layers = model.get_base_model().model.layers
-    layers[1].mlp.up_proj.base_layer.weight.requires_grad_(True)
+    layers[1].__class__ = type("Other", (type(layers[1]),), {})  # not one of transformers
     installed = install(model)
     fitted(policy, CausalModel(model, torch.float32), installed)
     assert [layer.gradient_checkpointing for layer in layers] == [False, True, False]
@@ -91,10 +91,10 @@ def test_auto_takes_the_fastest_policy_under_which_the_row_fits(monkeypatch):
     causal, installed = fused_model()
     with packed_attention(causal.base, "sdpa"):
         costs = policy_costs(causal, torch.autocast("cpu", enabled=False), installed)
-    trained = sum(p.numel() for p in causal.model.parameters() if p.requires_grad) * 12
+    fixed = fixed_bytes(causal, "adamw", installed)
     chosen = []
     for cost in costs:
-        free = cost.device_bytes * 100 / USABLE + trained
+        free = cost.device_bytes * 100 / USABLE + fixed
         monkeypatch.setattr(assemble, "_free_bytes", lambda device, free=free: int(free) + 1)
         fit = fitted("auto", causal, installed)
         assert installed.policy.name == fit.policy
@@ -115,8 +115,9 @@ def test_a_policy_of_fused_layers_is_refused_on_a_cpu_before_anything_is_read(po
 
 @pytest.mark.parametrize("policy", FUSED_ONLY)
 def test_a_policy_of_fused_layers_is_refused_where_all_are_stock_with_the_reason(policy):
-    installed = install(tiny_llama())
-    with pytest.raises(UserError, match=r"none of this model is fused: .*its weight is trained\."):
+    model = add_lora(tiny_llama(), rank=2, alpha=4, dropout=0.0, targets="all-linear", seed=0, use_dora=True)
+    installed = install(model)
+    with pytest.raises(UserError, match=r"none of this model is fused: .*not plain LoRA\."):
         assemble._check_policy(settings(policy), CUDA, installed)
 
 

@@ -47,6 +47,17 @@ def test_what_fits_once_only_is_not_recorded():
     assert "fit twice" in found
 
 
+def test_gradients_that_fit_once_only_are_not_recorded(monkeypatch):
+    """A graph leaves all gradients of a micro-batch before it adds them up."""
+    installed = install(tiny_llama())
+    gradients = sum(parameter.nbytes for parameter in installed.model.parameters())
+    one_token = Fit(policy="keep", tokens=1, bytes_per_token=1.0)
+    monkeypatch.setattr(assemble, "_free_bytes", lambda _device: int(2 * gradients / assemble.USABLE) - 10)
+    assert "gradients would have to fit twice" in (_record(settings(), backend(), installed, one_token) or "")
+    monkeypatch.setattr(assemble, "_free_bytes", lambda _device: int(2 * gradients / assemble.USABLE) + 10)
+    assert _record(settings(), backend(), installed, one_token) is None
+
+
 def test_small_models_are_recorded_and_large_ones_are_not():
     small, large = backend(), backend()
     assert _record(settings(), small, fused(), SMALL) is None
@@ -80,7 +91,7 @@ def test_what_cannot_be_recorded_is_said_and_refused_where_asked_for(train, wher
 
 
 def test_stock_layers_are_not_recorded():
-    installed = install(tiny_llama())  # trained weights
+    installed = install(tiny_llama(hidden_act="relu"))
     assert installed.recordable() == "not every decoder layer is fused"
 
 

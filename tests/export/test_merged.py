@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaForCausalLM
 
-from tests.support.tiny import save_tiny_model
-from tunesmith.contracts.errors import UserError
-from tunesmith.export.merged import base_weight, save_merged
+from tests.support.tiny import save_tiny_model, tiny_llama
+from tunesmith.contracts.errors import StorageError, UserError
+from tunesmith.export.merged import save_merged
 from tunesmith.models.adapter import add_lora
 from tunesmith.models.loader import load_model
 
@@ -21,16 +23,20 @@ CPU = torch.device("cpu")
 IDS = torch.arange(3, 40)[None]
 
 
-def adapted(folder: Path, quantize: str = "none", **options: Any) -> Any:
-    """A model whose adapter has been trained, as far as its numbers go."""
-    model = load_model(str(folder), device=CPU, dtype=torch.float32, quantize=quantize)
-    values = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear", "seed": 1}
-    model = add_lora(model, **(values | options)).eval()
+def disturbed(model: Any) -> Any:
+    """The model as if it had been trained, as far as its numbers go."""
     torch.manual_seed(3)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
-    return model
+    return model.eval()
+
+
+def adapted(folder: Path, quantize: str = "none", **options: Any) -> Any:
+    """A model with an adapter that has been trained."""
+    model = load_model(str(folder), device=CPU, dtype=torch.float32, quantize=quantize)
+    values = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear", "seed": 1}
+    return disturbed(add_lora(model, **(values | options)))
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -107,18 +113,91 @@ def test_a_bias_that_the_base_has_no_place_for(tmp_path: Path, tiny_model_dir: P
         save_merged(model, tmp_path / "merged", torch.float32)
 
 
-def test_weights_in_four_and_eight_bits_as_their_layers_use_them(wide_model_dir: Path) -> None:
-    exact = (
-        load_model(str(wide_model_dir), device=CPU, dtype=torch.float32).model.layers[0].mlp.up_proj.weight
+def _gpt2() -> Any:
+    return AutoModelForCausalLM.from_config(
+        GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, vocab_size=384, n_positions=64, bos_token_id=None, eos_token_id=2
+        )
     )
-    eye = torch.eye(64)
-    for quantize, bound in (
-        ("nf4", 1e-6),
-        ("int8", 2e-3),
-    ):  # int8 layers round `eye` and their sums to float16
-        model = load_model(str(wide_model_dir), device=CPU, dtype=torch.float32, quantize=quantize)
-        layer = model.model.layers[0].mlp.up_proj
-        for _ in range(2):  # the first call of an 8-bit layer moves its scales
-            weight = base_weight(layer)
-            torch.testing.assert_close(layer(eye).T, weight, rtol=0, atol=bound)
-            assert 0 < (weight - exact).abs().max() < 0.02
+
+
+def _experts() -> Any:
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=384, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, head_dim=8,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
+
+
+LAYERS = {
+    # a square weight: laid out the wrong way round it would be added without a word
+    "transposed": (_gpt2, {"target_modules": ["attn.c_proj"]}),
+    "transposed, all and DoRA": (_gpt2, {"target_modules": "all-linear", "use_dora": True}),
+    "embeddings": (tiny_llama, {"target_modules": ["embed_tokens", "q_proj"], "init_lora_weights": False}),
+    "experts in one parameter": (_experts, {"target_modules": "all-linear"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT tells what it sets for each of these
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_that_hold_their_weights_in_other_ways(tmp_path: Path, name: str) -> None:
+    make, options = LAYERS[name]
+    model = disturbed(get_peft_model(make(), LoraConfig(r=4, task_type="CAUSAL_LM", **options)))
+    expected = logits(model)
+    save_merged(model, tmp_path, torch.float32)
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected, rtol=0, atol=1e-5
+    )
+    with model.disable_adapter():
+        assert (logits(model) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_two_adapters_at_once(tmp_path: Path, dora: bool) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=dora)
+    model = get_peft_model(tiny_llama(), config)
+    model.add_adapter("second", config)
+    model.base_model.set_adapter(["default", "second"])
+    expected = logits(disturbed(model))
+    save_merged(model, tmp_path, torch.float32)
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected, rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"trainable_token_indices": [5, 6]}],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_trained_beside_an_adapter_is_off_with_it(
+    tmp_path: Path, tiny_model_dir: Path, options: dict[str, Any]
+) -> None:
+    model = adapted(tiny_model_dir, **options)
+    with model.disable_adapter():
+        save_merged(model, tmp_path / "merged", torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(plain))
+
+
+def test_an_adapter_of_a_kind_that_has_no_merged_form(tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["embed_tokens"], use_dora=True)
+    with pytest.raises(UserError, match=r"embed_tokens carries a DoraEmbeddingVariant, which has no exact"):
+        save_merged(get_peft_model(tiny_llama(), config), tmp_path, torch.float32)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_holds_an_adapter(tmp_path: Path, tiny_model_dir: Path) -> None:
+    model = adapted(tiny_model_dir)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="holds an adapter"):
+        save_merged(model, tmp_path, torch.float32)
+
+
+def test_a_disk_that_is_full(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
+    with pytest.raises(StorageError, match="cannot be written: No space left"):
+        save_merged(adapted(tiny_model_dir), tmp_path, torch.float32)

@@ -99,14 +99,19 @@ def test_a_whole_model_in_float32_gives_the_trainers_logits(tmp_path: Path, tied
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_whole_model_in_bfloat16_is_saved_in_its_own_type(tmp_path: Path, tied: bool) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "held"), [("adamw", torch.bfloat16), ("sgd", torch.float32)], ids=["rounding", "plain"]
+)
+def test_a_whole_model_in_bfloat16_is_saved_in_its_own_type(
+    tmp_path: Path, tied: bool, optimizer: str, held: torch.dtype
+) -> None:
+    """What an optimizer that rounds stochastically trains in bfloat16, and others in float32."""
     base = save_tiny_model(tmp_path / "base", dtype=torch.bfloat16, tie_word_embeddings=tied)
+    train = {"steps": 2, "optimizer": optimizer}
     run, folder = trained(
-        run_settings(
-            base, tmp_path, adapter={"kind": "none"}, model={"dtype": "bfloat16"}, train={"steps": 2}
-        )
+        run_settings(base, tmp_path, adapter={"kind": "none"}, model={"dtype": "bfloat16"}, train=train)
     )
-    assert {p.dtype for p in run.causal.model.parameters()} == {torch.float32}, "trained in float32"
+    assert {p.dtype for p in run.causal.model.parameters()} == {held}
     fresh = AutoModelForCausalLM.from_pretrained(folder)
     assert {p.dtype for p in fresh.parameters()} == {torch.bfloat16}
     for name, parameter in fresh.named_parameters():
@@ -114,7 +119,7 @@ def test_a_whole_model_in_bfloat16_is_saved_in_its_own_type(tmp_path: Path, tied
     assert keys(folder / "model.safetensors") == keys(base / "model.safetensors")
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     assert (folder / "model.safetensors").stat().st_size < 1.1 * (base / "model.safetensors").stat().st_size
-    assert {p.dtype for p in run.causal.model.parameters()} == {torch.float32}, "saving left the model alone"
+    assert {p.dtype for p in run.causal.model.parameters()} == {held}, "saving left the model alone"
 
 
 # ---------------------------------------------------------------- the files

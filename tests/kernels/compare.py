@@ -7,6 +7,7 @@ import torch
 
 from tunesmith.kernels import (
     adamw,
+    adamw_8bit,
     attention_triton,
     cross_entropy,
     glu,
@@ -43,6 +44,7 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for module in (
         adamw,
+        adamw_8bit,
         attention_triton,
         cross_entropy,
         glu,

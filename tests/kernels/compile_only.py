@@ -20,6 +20,7 @@ import torch
 
 from tunesmith.kernels import (
     adamw,
+    adamw_8bit,
     attention_blocks,
     attention_triton,
     cross_entropy,
@@ -34,6 +35,7 @@ from tunesmith.kernels import (
 
 MODULES = (
     adamw,
+    adamw_8bit,
     attention_blocks,
     attention_triton,
     cross_entropy,

@@ -40,6 +40,10 @@ FAMILIES = {
     "cohere": Traits(norm="layer", interleaved=True, spread=True),
     "starcoder2": Traits(norm="layer", norm_bias=True, activation="gelu_tanh", gated=False),
     "granite": Traits(residual_multiplier=0.22),
+    "qwen3, full": Traits(qk_norm=True, norms_train=True),
+    "starcoder2, full": Traits(
+        norm="layer", norm_bias=True, activation="gelu_tanh", gated=False, norms_train=True
+    ),
 }
 
 

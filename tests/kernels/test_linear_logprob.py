@@ -114,3 +114,38 @@ def test_logits_never_exist_in_full(monkeypatch: pytest.MonkeyPatch):
     linear_cross_entropy(hidden, weight, targets, weights)
     assert max(seen) == 16
     assert sum(seen) == 50
+
+
+def test_the_sums_of_a_loss_are_given_back_once_they_are_read():
+    """A float32 gradient of the head would otherwise stay as long as the loss does."""
+    hidden, weight, _, targets, weights = _inputs(20, torch.float32, bias=False)
+    loss = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets, weights)
+    loss.backward(retain_graph=True)
+    first = weight.grad.clone()
+    loss.backward()
+    assert torch.equal(weight.grad, 2 * first)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["logprob", "cross_entropy"])
+def test_a_trained_heads_gradient_is_rounded_once_on_the_gpu(monkeypatch, form, dtype):
+    """Summed over many chunks in float32: as exact as one GEMM with one rounding, wherever rows are cut."""
+    hidden, weight, _, targets, weights = (
+        None if t is None else t.cuda() for t in _inputs(2000, dtype, bias=False)
+    )
+    exact = [t.double().requires_grad_() for t in (hidden, weight)]
+    (weights * _plain(exact[0], exact[1], None, targets, 1.0, None)).sum().backward()
+    errors = []
+    for rows in (2000, 128):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 2 * 101 * rows)
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        if form == "logprob":
+            (weights.float() * linear_logprob(leaves[0], leaves[1], targets)).sum().backward()
+        else:
+            (-linear_cross_entropy(leaves[0], leaves[1], targets, weights)).backward()
+        errors.append(_relative(leaves[1].grad, exact[1].grad))
+    assert errors[1] < 1.3 * errors[0]
+    assert errors[0] < TOLERANCE[dtype] / 3

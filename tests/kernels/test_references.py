@@ -159,7 +159,7 @@ def logprob_(*, logits_CV, targets_C, scale, softcap):
     return list(_logprob(logits_CV, targets_C, scale, softcap))
 
 
-def adamw_(*, parameters, gradients, exp_avgs, exp_avg_sqs, steps, groups, options, max_norm):
+def adamw_(*, parameters, gradients, exp_avgs, exp_avg_sqs, steps, groups, options, max_norm, seed):
     leaves = [torch.nn.Parameter(parameter) for parameter in parameters]
     options = [
         {"lr": lr, "betas": (b1, b2), "eps": eps, "weight_decay": decay} for lr, b1, b2, eps, decay in options
@@ -204,7 +204,8 @@ PLAIN = {
 
 
 def test_every_kernel_has_a_plain_computation():
-    assert set(PLAIN) | {"dequantize_nf4"} == set(CATALOG)
+    # these have tests of their own below, and in test_adamw_8bit.py
+    assert set(PLAIN) | {"dequantize_nf4", "adamw_8bit_"} == set(CATALOG)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

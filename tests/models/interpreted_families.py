@@ -49,28 +49,31 @@ def row() -> dict[str, Any]:
     }
 
 
-def kernels_of(family: str) -> set[str]:
+def kernels_of(family: str, rank: int) -> set[str]:
     entry = ARCHITECTURES[family]
     turned = {"qk_norm"} if entry.qk_norms else {"rope"}
-    return {"glu", "residual", "layer_norm" if entry.norm == "layer" else "rms_norm"} | turned
+    added = {"residual"} if rank else set()
+    return {"glu", "layer_norm" if entry.norm == "layer" else "rms_norm"} | turned | added
 
 
-@pytest.mark.parametrize("rank", [3, 8])
+@pytest.mark.parametrize("rank", [0, 3, 8])
 @pytest.mark.parametrize("family", [name for name in ARCHITECTURES if name != "llama"])
 def test_layers_equal_stock(family, rank, launches):
-    model = tiny(family, CASES[family][0], torch.float32, rank=rank)
+    """With rank 0 all weights train."""
+    model = tiny(family, CASES[family][0], torch.float32, adapter=rank > 0, rank=rank)
     stock = computed(model, row())
-    ours = fused(model, row(), "recompute" if rank == 8 else "keep")
-    assert launches == kernels_of(family)
+    ours = fused(model, row(), "keep" if rank == 3 else "recompute")
+    assert launches == kernels_of(family, rank)
     error, name = worst(ours, stock)
     if error >= 1e-5:  # gradients that cancel: ours err no more than stock's
         exact = computed(copy.deepcopy(model).double(), row())
         assert worst(ours, exact)[0] < 1.5 * worst(stock, exact)[0], name
 
 
+@pytest.mark.parametrize("mode", ["adapter", "full"])
 @pytest.mark.parametrize("family", ["gemma3_text", "olmo2", "phi3", "cohere2", "starcoder2", "granite"])
-def test_policies_agree_bit_for_bit(family):
-    model = tiny(family, CASES[family][0], torch.float16, rank=8)
+def test_policies_agree_bit_for_bit(family, mode):
+    model = tiny(family, CASES[family][0], torch.float16, adapter=mode == "adapter", rank=8)
     with torch.autocast("cpu", torch.float16):
         logits, grads = fused(model, row(), "keep")
         for policy in ("keep_all", "recompute_gate_up", "recompute"):

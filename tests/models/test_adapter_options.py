@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils.hub import cached_file
 
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tunesmith.contracts.errors import UserError
@@ -188,6 +189,29 @@ def test_loftq_makes_up_for_rounding(wide_model_dir: Path) -> None:
     torch.testing.assert_close(left[0], lost[16], rtol=1e-3, atol=1e-6)  # the 16 largest are gone
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_loftq_of_a_rank_that_no_matrix_has_gives_the_base_back(wide_model_dir: Path, dora: bool) -> None:
+    model = lora(base(wide_model_dir, "nf4"), rank=100, init_lora_weights="loftq", use_dora=dora)
+    torch.testing.assert_close(logits(model), logits(base(wide_model_dir)), rtol=0, atol=1e-5)
+
+
+def test_loftq_reads_the_commit_that_was_loaded(
+    wide_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    def cached(*args: Any, revision: str | None = None, **options: Any) -> Any:
+        asked.append(revision)
+        return cached_file(*args, **options)
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", cached)
+    model = base(wide_model_dir, "nf4")
+    model.config._commit_hash = "5f0b02c75b57c5855da9ae460ce51323ea669d8a"
+    asked.clear()
+    lora(model, init_lora_weights="loftq")
+    assert set(asked) == {model.config._commit_hash}
+
+
 @pytest.mark.parametrize(
     ("quantize", "start", "message"),
     [
@@ -266,6 +290,46 @@ def test_the_same_token_twice() -> None:
         extend_tokenizer(tiny_tokenizer(), ["<a>", "<a>"])
 
 
+def test_rows_train_where_their_modules_do_not() -> None:
+    tied, apart = tiny_llama(), tiny_llama(tie_word_embeddings=False)
+    both = {"embed_tokens": [5], "lm_head": [5]}
+    assert trainable_rows(apart, [5]) == both
+    assert trainable_rows(apart, [5], ["norm"]) == both
+    assert trainable_rows(apart, [5], ["lm_head"]) == {"embed_tokens": [5]}
+    assert trainable_rows(apart, [5], ["model.embed_tokens", "lm_head"]) is None
+    assert trainable_rows(tied, [5], ["norm"]) == {"embed_tokens": [5]}
+    assert trainable_rows(tied, [5], ["lm_head"]) is trainable_rows(tied, [5], ["embed_tokens"]) is None
+    assert trainable_rows(apart, []) is None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_head_of_which_rows_train_has_the_bias_of_the_head(bias: bool) -> None:
+    """TRL computes the head from its weight and bias, and PEFT's wrapper shows the weight alone."""
+    model = tiny_llama(tie_word_embeddings=False)
+    model.lm_head = torch.nn.Linear(32, 384, bias=bias)
+    own = model.lm_head.bias
+    adapted = lora(model, trainable_token_indices=trainable_rows(model, [5]))
+    head = adapted.get_base_model().get_output_embeddings()
+    assert type(head).__name__ == "TrainableTokensWrapper"
+    assert head.bias is own
+    names = [name for name in adapted.state_dict() if name.endswith("bias")]
+    assert len(names) == bias
+
+
+def test_patterns_are_looked_up_in_what_gets_an_adapter() -> None:
+    for setting in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(UserError, match=rf"{setting}: no layer .* 'v_prj'.\nDid you mean 'v_proj'"):
+            lora(tiny_llama(), **{setting: {"v_prj": 2}})
+        with pytest.raises(UserError, match=rf"{setting}: no layer .* 'v_proj'.\nDid you mean 'q_proj'"):
+            lora(tiny_llama(), targets=["q_proj"], **{setting: {"v_proj": 2}})
+        with pytest.raises(UserError, match=rf"{setting}: '\*' is not a regular expression"):
+            lora(tiny_llama(), **{setting: {"*": 2}})
+        lora(tiny_llama(), **{setting: {r"layers\.1\..*_proj": 2}})
+    with pytest.raises(UserError, match=r"exclude_modules: no linear layer's whole name matches"):
+        lora(tiny_llama(), exclude_modules="q_proj")
+    assert "1.mlp.up_proj" not in ranks(lora(tiny_llama(), exclude_modules=r".*\.1\..*"))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("whole", [True, False])
 def test_new_tokens_come_back_with_the_adapter(tmp_path: Path, tied: bool, whole: bool) -> None:
@@ -340,3 +404,20 @@ def test_a_saved_adapter_loads_on_a_quantised_base(
             module.support_avx512bf16_for_cpu = False
     plain = PeftModel.from_pretrained(plain, tmp_path / "adapter")
     torch.testing.assert_close(logits(plain), logits(model), rtol=0, atol=1e-5)
+
+
+def test_embeddings_of_another_name_grow_for_an_adapter(tmp_path: Path) -> None:
+    """GPT-2 calls them `wte`."""
+
+    def small(rows: int) -> Any:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(
+            "gpt2", n_embd=32, n_layer=1, n_head=4, n_positions=64, vocab_size=384, bos_token_id=None, eos_token_id=2
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config)
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        return model
+
+    model = disturb(lora(small(390), targets="all-linear", modules_to_save=["wte"]))
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(load_lora(small(384), str(tmp_path))), logits(model), rtol=0, atol=1e-6)

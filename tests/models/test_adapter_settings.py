@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from tests.support.runs import build, run_settings, train
 from tests.support.tiny import save_tiny_model, tiny_tokenizer
+from tunesmith.config import summary
 from tunesmith.config.load import load_settings
 from tunesmith.contracts.errors import ConfigError, UserError
 
@@ -96,6 +97,38 @@ def test_the_result_is_what_was_trained(
     assert kept.keys() == start.keys()
     assert sum(not torch.equal(kept[name], p) for name, p in start.items()) >= len(start) // 2
     assert torch.isfinite(plain(torch.tensor([[3, len(tokenizer) - 1]])).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("tied", "whole", "rows"),
+    [
+        (True, "norm", {"embed_tokens"}),
+        (True, "lm_head", set()),
+        (False, "norm", {"embed_tokens", "lm_head"}),
+        (False, "lm_head", {"embed_tokens"}),
+    ],
+)
+def test_rows_of_new_tokens_train_beside_modules_that_are_not_theirs(
+    tmp_path: Path, tied: bool, whole: str, rows: set[str]
+) -> None:
+    base = save_tiny_model(tmp_path / "base", tie_word_embeddings=tied)
+    adapter = {"new_tokens": ["<call>"], "modules_to_save": [whole]}
+    run, _ = build(run_settings(base, tmp_path, adapter=adapter))
+    found = [name for name in trained(run) if "trainable_tokens_delta" in name]
+    assert {name.split(".token_adapter")[0].rsplit(".", 1)[-1] for name in found} == rows
+
+
+def test_the_plan_says_what_is_asked_for_beyond_the_usual(tiny_model_dir: Path, tmp_path: Path) -> None:
+    def said(**adapter: Any) -> str:
+        run, _ = build(run_settings(tiny_model_dir, tmp_path, adapter=adapter))
+        return summary._model_line(run).split("; ")[1].rsplit(", ", 1)[0]
+
+    assert said() == "LoRA rank 4"
+    assert said(use_dora=True, use_rslora=True) == "LoRA rank 4 with DoRA, rsLoRA"
+    options = {"bias": "all", "modules_to_save": ["embed_tokens"], "new_tokens": ["<call>"]}
+    assert said(init_lora_weights="pissa", **options) == (
+        "LoRA rank 4 with start pissa, biases, embed_tokens, 1 new token"
+    )
 
 
 def test_rates_of_their_own(tiny_model_dir: Path, tmp_path: Path) -> None:

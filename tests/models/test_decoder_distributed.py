@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.models.test_decoder import adapted, error
+from tests.models.test_families import base_of, tiny
 from tests.support.documents import random_corpus
 from tests.support.ranks import RankError, Ranks
 from tunesmith.contracts.batch import TokenBatch
@@ -36,6 +37,13 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-6}
 DTYPES = {str(dtype): dtype for dtype in TOLERANCE}
 
 Gradients = dict[str, torch.Tensor]
+
+
+def made(dtype: torch.dtype, full: bool) -> Any:
+    """A model with an adapter, or one whose own weights train: norms on q and k, biases, tied embeddings."""
+    if full:
+        return tiny("qwen3", {"attention_bias": True, "tie_word_embeddings": True}, dtype, adapter=False)
+    return adapted(dtype)
 
 
 @dataclass
@@ -84,17 +92,17 @@ def gradients(model: Any) -> Gradients:
     return {n: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for n, g in grads.items()}
 
 
-def stock_gradients(dtype: torch.dtype, rank: int, count: int) -> Gradients:
-    model = adapted(dtype)
-    with packed_attention(model.get_base_model(), "sdpa"):
+def stock_gradients(dtype: torch.dtype, rank: int, count: int, full: bool) -> Gradients:
+    model = made(dtype, full)
+    with packed_attention(base_of(model), "sdpa"):
         for batch in micro_batches(rank, count):
             loss(model, batch).backward()
     return gradients(model)
 
 
-def report(model: Any, installed: Installed, dtype: torch.dtype, count: int) -> Report:
+def report(model: Any, installed: Installed, dtype: torch.dtype, count: int, full: bool) -> Report:
     ours = gradients(model)
-    each = [stock_gradients(dtype, rank, count) for rank in range(WORLD)]
+    each = [stock_gradients(dtype, rank, count, full) for rank in range(WORLD)]
     mean = {name: sum(grads[name] for grads in each) / WORLD for name in each[0]}
     return Report(
         error=error(ours, mean),
@@ -104,43 +112,48 @@ def report(model: Any, installed: Installed, dtype: torch.dtype, count: int) -> 
     )
 
 
-def under_ddp(policy: str, count: int) -> Report:
+def under_ddp(policy: str, count: int, full: bool = False) -> Report:
     """`count` micro-batches, only the last of which is synchronised."""
-    model = adapted(torch.float64)
+    model = made(torch.float64, full)
     installed = install(model, policy=policy)
     wrapped = DistributedDataParallel(model)
-    with packed_attention(model.get_base_model(), "sdpa"):
+    with packed_attention(base_of(model), "sdpa"):
         for number, batch in enumerate(micro_batches(dist.get_rank(), count), start=1):
             with nullcontext() if number == count else wrapped.no_sync():
                 loss(wrapped, batch).backward()
-    return report(wrapped, installed, torch.float64, count)
+    return report(wrapped, installed, torch.float64, count, full)
 
 
 def shard(model: Any) -> None:
-    for layer in model.get_base_model().model.layers:
+    for layer in base_of(model).model.layers:
         fully_shard(layer, reshard_after_forward=True)
     fully_shard(model, reshard_after_forward=True)
 
 
-def under_fsdp(policy: str, count: int, dtype_name: str, installed_first: bool) -> Report:
+def down_weight(layer: Any) -> torch.Tensor:
+    module = layer.mlp.down_proj
+    return getattr(module, "base_layer", module).weight
+
+
+def under_fsdp(policy: str, count: int, dtype_name: str, installed_first: bool, full: bool = False) -> Report:
     """The same with every decoder layer sharded, and all memory of a layer freed between forward and backward."""
     warnings.filterwarnings("error", message="(.|\n)*returned a view")  # its backward hook would be at risk
     dtype = DTYPES[dtype_name]
-    model = adapted(dtype)
+    model = made(dtype, full)
     if installed_first:
         installed = install(model, policy=policy)
         shard(model)
     else:
         shard(model)
         installed = install(model, policy=policy)
-    layers = model.get_base_model().model.layers
+    layers = base_of(model).model.layers
     unsharded: dict[int, torch.Tensor] = {}
     for number, layer in enumerate(layers):  # runs after FSDP's own hook, which gathers the weights
         layer.register_forward_pre_hook(
-            lambda layer, _, number=number: unsharded.update({number: layer.mlp.down_proj.base_layer.weight})
+            lambda layer, _, number=number: unsharded.update({number: down_weight(layer)})
         )
     freed = []
-    with packed_attention(model.get_base_model(), "sdpa"):
+    with packed_attention(base_of(model), "sdpa"):
         for number, batch in enumerate(micro_batches(dist.get_rank(), count), start=1):
             model.set_requires_gradient_sync(number == count)
             value = loss(model, batch)
@@ -151,7 +164,7 @@ def under_fsdp(policy: str, count: int, dtype_name: str, installed_first: bool) 
                     and all(isinstance(p, DTensor) for p in layer.parameters())
                 )
             value.backward()
-    result = report(model, installed, dtype, count)
+    result = report(model, installed, dtype, count, full)
     result.freed = freed
     return result
 
@@ -185,6 +198,26 @@ def test_fsdp2_reduces_the_gradients_of_layers_freed_in_between(ranks, policy, i
         assert result.fallbacks == {}
         assert result.freed == [True] * (2 * count)
         assert result.error < TOLERANCE[DTYPES[dtype]]
+        assert result.local_error > 0.1, "the ranks must have seen other documents"
+
+
+@pytest.mark.parametrize("policy", ["keep", "recompute"])
+def test_full_fine_tuning_under_ddp(ranks, policy):
+    for result in ranks.run(under_ddp, policy, 2, True):
+        assert result.fused == 2
+        assert result.fallbacks == {}
+        assert result.error < 3 * TOLERANCE[torch.float64]
+        assert result.local_error > 0.1, "the ranks must have seen other documents"
+
+
+@pytest.mark.parametrize("installed_first", [True, False], ids=["install then shard", "shard then install"])
+def test_full_fine_tuning_under_fsdp2(ranks, installed_first):
+    """Weights are inputs of the node, and are freed between its forward and its backward."""
+    for result in ranks.run(under_fsdp, "recompute", 2, "torch.float64", installed_first, True):
+        assert result.fused == 2
+        assert result.fallbacks == {}
+        assert result.freed == [True] * 4
+        assert result.error < 3 * TOLERANCE[torch.float64]
         assert result.local_error > 0.1, "the ranks must have seen other documents"
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
+import sys
+import threading
+import weakref
 
 import pytest
 import torch
@@ -329,6 +333,17 @@ def test_a_deep_copy_computes_with_its_own_weights():
     assert attached.door.packed == 2
 
 
+def test_a_deep_copy_is_undone_without_the_original():
+    model, batch = _adapted(), _batch(MASKS["left"])
+    attached = attach(model, fused=True)
+    twin, its = copy.deepcopy((model, attached))
+    its.undo()
+    assert all("forward" not in vars(module) for module in twin.modules())
+    _run(model, batch)
+    assert attached.door.packed == 1
+    assert its.door.packed == 0
+
+
 def test_the_backbone_takes_the_same_arguments_by_place_and_name():
     model, batch = tiny_llama().train(), _batch(MASKS["left"])
     before = inspect.signature(model.model.forward)
@@ -469,3 +484,66 @@ def test_one_look_at_the_device_per_batch(monkeypatch):
         )
     model(**batch)
     assert looks == ["cpu"]
+
+
+def test_threads_that_share_a_model_wait_for_each_other():
+    """How to attend is one name in the config: a thread must neither change nor read it while another computes."""
+    model = tiny_llama(initializer_range=0.2)
+    batches = [(_batch(MASKS["left"]), {"use_cache": False}), (_batch(MASKS["both"]), {"use_cache": True})]
+    with torch.no_grad():
+        expected = [model(**batch, **options).logits for batch, options in batches]
+    attach(model)
+    wrong: list[float] = []
+
+    def work(number: int) -> None:
+        batch, options = batches[number % 2]
+        real = batch["attention_mask"].bool()
+        for _ in range(40):
+            with torch.no_grad():
+                off = (model(**batch, **options).logits - expected[number % 2])[real].abs().max().item()
+            if off > 1e-4:
+                wrong.append(off)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_compiled_model_takes_the_stock_way_in_one_graph():
+    model, batch = tiny_llama(initializer_range=0.2), _batch(MASKS["left"])
+    with torch.no_grad():
+        expected = model(**batch, use_cache=False).logits
+        attached = attach(model)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(**batch, use_cache=False).logits, expected)
+    assert dict(attached.door.stock) == {"the model is being compiled": 1}
+
+
+def test_a_model_that_is_let_go_of_is_gone():
+    """The proof registers a function with transformers, which outlives the model."""
+    model = tiny_llama()
+    attach(model)
+    held = weakref.ref(model.model.layers[0].self_attn)
+    del model
+    gc.collect()
+    assert held() is None
+
+
+def test_a_model_is_as_it_was_where_its_layers_cannot_be_fused(monkeypatch):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("tunesmith.models.attach.install", out_of_memory)
+    model = tiny_llama()
+    with pytest.raises(torch.OutOfMemoryError):
+        attach(model, fused=True)
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]

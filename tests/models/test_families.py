@@ -1,5 +1,5 @@
-"""Every family of `ARCHITECTURES` against transformers: logits and all gradients of adapters, on packed rows and on
-plain batches, under every policy; and what a row refuses.
+"""Every family of `ARCHITECTURES` against transformers: logits and all gradients, of adapters and of the weights
+themselves, on packed rows and on plain batches, under every policy; and what a row refuses.
 
 Models are tiny and random, made by transformers from its own config classes. Norm weights and biases are random too:
 at their initial ones and zeros a layer could leave them out unseen.
@@ -106,7 +106,10 @@ def tiny(
     seed: int = 0,
     **lora: Any,
 ) -> Any:
-    """A random model of a family in evaluation mode, with an adapter on every linear layer whose B is not zero."""
+    """A random model of a family in evaluation mode, with an adapter on every linear layer whose B is not zero.
+
+    Without the adapter all of it trains.
+    """
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **TINY | changes)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -143,9 +146,13 @@ def plain_batch() -> dict[str, Any]:
 BATCHES = {"packed": packed_row, "plain": plain_batch}
 
 
+def base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def computed(model: Any, batch: dict[str, Any]) -> Outcome:
     """Logits, and the gradients of a fixed linear function of them."""
-    base = model.get_base_model()
+    base = base_of(model)
     with packed_attention(base, "sdpa"):
         logits = base(**batch, use_cache=False).logits
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
@@ -179,20 +186,22 @@ def test_every_row_has_its_cases():
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("mode", ["adapter", "full"])
 @pytest.mark.parametrize(("family", "changes"), FAMILIES)
-def test_parity_with_transformers(family, changes, batch, dtype):
-    """Ranks of 8 go into the GEMMs of their weights, ranks of 3 do not."""
-    model = tiny(family, changes, dtype, rank=8 if batch == "packed" else 3)
+def test_parity_with_transformers(family, changes, mode, batch, dtype):
+    """Ranks of 8 go into the GEMMs of their weights, ranks of 3 do not; with `full` every parameter trains."""
+    model = tiny(family, changes, dtype, adapter=mode == "adapter", rank=8 if batch == "packed" else 3)
     stock = computed(model, BATCHES[batch]())
     ours = fused(model, BATCHES[batch]())
     error, name = worst(ours, stock)
-    if (
-        error >= TOLERANCE[dtype] and dtype == torch.float32
-    ):  # gradients that cancel: ours err no more than stock's
+    # gradients of the weights of norms on q and k cancel, and stock norms are float32
+    tolerance = TOLERANCE[dtype] if mode == "adapter" else 3 * TOLERANCE[dtype]
+    if error >= tolerance and dtype == torch.float32:
+        # gradients that cancel: ours err about as stock's, whose single worst one depends on the order of its sums
         exact = computed(copy.deepcopy(model).double(), BATCHES[batch]())
-        assert worst(ours, exact)[0] < max(TOLERANCE[dtype], 1.2 * worst(stock, exact)[0]), name
+        assert worst(ours, exact)[0] < 2.5 * worst(stock, exact)[0], name
     else:
-        assert error < TOLERANCE[dtype], name
+        assert error < tolerance, name
 
 
 @pytest.mark.parametrize("group", ["qkv", "output", "gate_up", "down"])
@@ -209,9 +218,10 @@ def test_adapters_on_one_group_alone(family, group):
         assert error < TOLERANCE[torch.float64], name
 
 
+@pytest.mark.parametrize("mode", ["adapter", "full"])
 @pytest.mark.parametrize(("family", "changes"), FAMILIES)
-def test_policies_agree_bit_for_bit(family, changes):
-    model = tiny(family, changes, torch.float32, rank=8)
+def test_policies_agree_bit_for_bit(family, changes, mode):
+    model = tiny(family, changes, torch.float32, adapter=mode == "adapter", rank=8)
     logits, grads = fused(model, packed_row())
     for policy in POLICIES:
         other, other_grads = fused(model, packed_row(), policy)
@@ -222,13 +232,18 @@ def test_policies_agree_bit_for_bit(family, changes):
 # ---------------------------------------------------------------------- 16 bits
 
 
-def check_errors(family: str, changes: dict[str, Any], dtype: torch.dtype, device: str) -> None:
-    """Over several models the layer errs no more against float64 than stock PEFT under autocast does."""
+def check_errors(
+    family: str, changes: dict[str, Any], dtype: torch.dtype, device: str, *, adapter: bool = True
+) -> None:
+    """Over several models the layer errs no more against float64 than stock layers under autocast do.
+
+    Without an adapter the weights themselves train, in the type.
+    """
     ours, stock = 0.0, 0.0
     row = {key: value.to(device) if torch.is_tensor(value) else value for key, value in packed_row().items()}
     row["packed_documents"] = Documents(row["document_lengths"], row["cu_seq_lens_q"], max(LENGTHS))
     for seed in range(3):
-        model = tiny(family, changes, torch.float32, rank=8, seed=seed).to(device)
+        model = tiny(family, changes, torch.float32, adapter=adapter, rank=8, seed=seed).to(device)
         for name, parameter in model.named_parameters():
             if "lora_" not in name:
                 parameter.data = parameter.data.to(dtype)
@@ -248,25 +263,28 @@ def squared_error(outcome: Outcome, exact: Outcome) -> float:
     return float(parts.norm() / torch.stack([g.norm() for g in exact[1].values()]).norm()) ** 2
 
 
+@pytest.mark.parametrize("mode", ["adapter", "full"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_errors_are_no_larger_than_plain_autograds(family, dtype):
-    check_errors(family, CASES[family][0], dtype, "cpu")
+def test_errors_are_no_larger_than_plain_autograds(family, dtype, mode):
+    check_errors(family, CASES[family][0], dtype, "cpu", adapter=mode == "adapter")
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["adapter", "full"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("family", "changes"), FAMILIES)
-def test_errors_on_the_gpu_are_no_larger_than_plain_autograds(family, changes, dtype):
+def test_errors_on_the_gpu_are_no_larger_than_plain_autograds(family, changes, dtype, mode):
     shape = {"hidden_size": 256, "intermediate_size": 640, "head_dim": 64}
-    check_errors(family, changes | shape, dtype, "cuda")
+    check_errors(family, changes | shape, dtype, "cuda", adapter=mode == "adapter")
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["adapter", "full"])
 @pytest.mark.parametrize(("family", "changes"), FAMILIES)
-def test_parity_in_float32_on_the_gpu(family, changes):
+def test_parity_in_float32_on_the_gpu(family, changes, mode):
     torch.backends.cuda.matmul.allow_tf32 = False
-    model = tiny(family, changes, torch.float32, rank=8).to("cuda")
+    model = tiny(family, changes, torch.float32, adapter=mode == "adapter", rank=8).to("cuda")
     row = {key: value.to("cuda") if torch.is_tensor(value) else value for key, value in packed_row().items()}
     row["packed_documents"] = Documents(row["document_lengths"], row["cu_seq_lens_q"], max(LENGTHS))
     exact = computed(copy.deepcopy(model).double(), row)
@@ -315,15 +333,16 @@ def test_a_row_without_one_of_its_entries_is_seen_to_be_wrong(family, constant, 
     assert max(errors) > 1e-3
 
 
+@pytest.mark.parametrize("mode", ["adapter", "full"])
 @pytest.mark.parametrize("policy", ["keep", "recompute"])
 @pytest.mark.parametrize("family", ["gemma3_text", "phi3", "olmo3", "cohere2", "starcoder2", "granite"])
-def test_the_last_layer_computes_what_is_read(family, policy):
-    model = tiny(family, CASES[family][0], torch.float64)
-    backbone = model.get_base_model().get_decoder()
+def test_the_last_layer_computes_what_is_read(family, policy, mode):
+    model = tiny(family, CASES[family][0], torch.float64, adapter=mode == "adapter")
+    backbone = base_of(model).get_decoder()
     rows_S = torch.tensor([3, 4, 10, 40, 40, 59])
 
     def outcome(wanted: dict[str, Any]) -> Outcome:
-        with packed_attention(model.get_base_model(), "sdpa"):
+        with packed_attention(base_of(model), "sdpa"):
             hidden = backbone(**packed_row(), use_cache=False, **wanted).last_hidden_state[0]
         hidden = hidden if hidden.shape[0] == len(rows_S) else hidden[rows_S]
         (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
@@ -441,6 +460,16 @@ def test_the_canary_is_told_what_a_family_asks_of_the_kernels(family):
     )
 
 
+@pytest.mark.parametrize("norm", ["q_norm", "input_layernorm", None])
+def test_the_canary_is_told_whether_norms_train(norm):
+    model = tiny("qwen3", {}, torch.float32)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(
+            "lora_" in name or f"layers.1.self_attn.{norm}" in name or f"layers.1.{norm}" in name
+        )
+    assert kernel_shape(install(model), rank=3, nf4=False).traits.norms_train == (norm is not None)
+
+
 # ---------------------------------------------------------------------- what is refused
 
 
@@ -460,18 +489,6 @@ def test_what_the_layer_does_not_compute_is_refused_with_its_reason(model_type, 
     row, said = find_architecture(AutoConfig.for_model(model_type, **TINY | changes))
     assert row is None
     assert reason in said
-
-
-def test_trained_norms_are_left_to_the_stock_layer():
-    model = tiny("qwen3", {}, torch.float32)
-    layers = model.get_base_model().model.layers
-    layers[0].self_attn.q_norm.weight.requires_grad_(True)
-    installed = install(model)
-    assert installed.fused == ["layers.1"]
-    assert "q_norm" in installed.stock[0][1]
-    layers[1].post_attention_layernorm.weight.requires_grad_(True)  # later, when nobody asks
-    computed(model, plain_batch())
-    assert installed.fallbacks == {"its norms are trained": 1}
 
 
 @pytest.mark.parametrize(("family", "changes"), FAMILIES)

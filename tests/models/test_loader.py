@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5For
 
 from tests.support.tiny import save_tiny_model, tiny_tokenizer
 from tunesmith.contracts.errors import UserError
+from tunesmith.models import loader
 from tunesmith.models.head import CausalModel
 from tunesmith.models.head_check import check_head
 from tunesmith.models.loader import choose_dtype, load_model, load_tokenizer
@@ -296,3 +297,24 @@ def test_an_encoder_with_a_head_is_seen_to_look_ahead(tmp_path: Path) -> None:
 def test_the_models_of_the_tests_load(tmp_path: Path) -> None:
     save_tiny_model(tmp_path, tie_word_embeddings=False)
     assert load(tmp_path).lm_head.weight.data_ptr() != load(tmp_path).model.embed_tokens.weight.data_ptr()
+
+
+def test_the_hub_is_not_asked_for_an_adapter_before_it_is_known_to_be_there(monkeypatch) -> None:
+    """Its client would wait 23 seconds."""
+    calls: list[str] = []
+    monkeypatch.setattr(loader, "offline_if_unreachable", lambda: calls.append("reachable?"))
+    monkeypatch.setattr(
+        "transformers.utils.peft_utils.find_adapter_config_file", lambda *_, **__: calls.append("adapter?")
+    )
+    assert loader.find_adapter("somebody/something") is None
+    assert calls == ["reachable?", "adapter?"]
+
+
+def test_a_folder_above_a_model_names_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no config\.json") as caught:
+        load_model(str(tmp_path), device=torch.device("cpu"), dtype=torch.float32)
+    assert caught.value.hint is None
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"Did you mean {tmp_path / 'run'}\?"):
+        load_model(str(tmp_path), device=torch.device("cpu"), dtype=torch.float32)

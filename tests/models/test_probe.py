@@ -14,8 +14,9 @@ from tunesmith.models.attention import packed_attention
 from tunesmith.models.head import CausalModel
 from tunesmith.models.install import install
 from tunesmith.models.policy import POLICIES
-from tunesmith.models.probe import policy_costs, probe_batch, saved_bytes_per_token
-from tunesmith.planning.fit import PolicyCost
+from tunesmith.models.probe import fixed_bytes, policy_costs, probe_batch, saved_bytes_per_token
+from tunesmith.planning.fit import STATE_BYTES, PolicyCost
+from tunesmith.training.optim import OPTIMIZERS
 
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 
@@ -144,7 +145,60 @@ def test_stock_layers_have_two_policies() -> None:
 
 
 def test_layers_that_cannot_be_fused_are_stock() -> None:
-    assert costs_of(whole()) == costs_of(whole(), fused=False)
+    assert costs_of(whole(hidden_act="relu")) == costs_of(whole(hidden_act="relu"), fused=False)
+
+
+def test_weights_that_train_cost_no_token_anything() -> None:
+    """What full fine-tuning keeps is what an adapter's keeps without its rank-wide products."""
+    full = costs_of(whole(num_hidden_layers=LAYERS))
+    adapter = costs_of(adapted(num_hidden_layers=LAYERS))
+    assert list(full) == list(POLICIES)
+    less = {adapter[name].device_bytes - full[name].device_bytes for name in POLICIES}
+    ranks, norm = (
+        LAYERS * 4 * 2 * 7,
+        4 * 34,
+    )  # float32; rank 2 of seven projections; the last norm's weight trains
+    assert less == {ranks - norm}
+
+
+def test_what_autocast_casts_is_no_part_of_a_token() -> None:
+    """Stock layers hold weights cast to 16 bits; a wider vocabulary or a shorter probe must not show it."""
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    short = measured(whole(), autocast)
+    inner = measured(whole(intermediate_size=640), autocast)
+    # 576 columns more in two layers: gate, up, the activation and the product, 2 bytes each; weights would add 3,456
+    assert inner - short == 2 * 576 * 2 * 4
+
+
+# ---------------------------------------------------------------------- what does not depend on tokens
+
+
+def test_fixed_bytes_of_full_fine_tuning() -> None:
+    model = whole(num_hidden_layers=2)
+    causal, count = CausalModel(model, torch.float32), sum(p.numel() for p in model.parameters())
+    head = causal.base.get_output_embeddings().weight.numel()
+    assert fixed_bytes(causal, "adamw", install(model)) == count * 12 + head * 8
+    half = whole(num_hidden_layers=2).bfloat16()
+    causal = CausalModel(half, torch.bfloat16)
+    assert fixed_bytes(causal, "adamw_8bit", install(half)) == int(count * (2 + 2.03125)) + head * 6
+
+
+def test_fixed_bytes_count_what_is_cast() -> None:
+    """Stock layers hold every weight in 16 bits besides, fused ones those of the layer at hand."""
+    model = whole(num_hidden_layers=6, vocab_size=8)
+    causal = CausalModel(model, torch.bfloat16)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    layer = list(model.model.layers[0].parameters())
+    stock, fused = fixed_bytes(causal, "sgd"), fixed_bytes(causal, "sgd", install(model))
+    base = sum(p.numel() for p in model.parameters()) * 8
+    table = 8 * 32
+    assert stock == base + 2 * matrices + 6 * table
+    inside = sum(4 * p.numel() + (2 * p.numel() if p.ndim == 2 else 0) for p in layer)
+    assert fused == base + 2 * table + inside
+
+
+def test_every_optimizer_has_its_bytes() -> None:
+    assert STATE_BYTES.keys() == OPTIMIZERS.keys()
 
 
 def test_measuring_policies_leaves_policy_and_host_memory_as_they_were() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunesmith.api.arguments import ADAPTING, check_foreign
-from tunesmith.api.facts import Facts, need_facts
-from tunesmith.api.prepared import equip, put_on
+from tunesmith.api.facts import Facts, base_of, need_facts
+from tunesmith.api.memory import policies_of
+from tunesmith.api.prepared import equip, note_length, put_on
+from tunesmith.api.values import ADAPTED, check_values, names
 from tunesmith.api.wording import in_arguments
 from tunesmith.contracts.errors import UserError
 from tunesmith.models.adapter import add_lora
+from tunesmith.models.adapter_checks import ends_in
+from tunesmith.models.vocabulary import trainable_rows
 
 
 def get_peft_model(
@@ -63,7 +68,7 @@ def get_peft_model(
         rank_pattern: ranks of their own, by name ending or regular expression.
         alpha_pattern: alphas of their own.
         exclude_modules: name endings or a regular expression of layers that get no adapter.
-        trainable_token_indices: ids of tokens whose rows of the embeddings train, see `add_new_tokens`.
+        trainable_token_indices: ids of tokens whose rows train, in embeddings and head, see `add_new_tokens`.
         lora_bias: give the adapter's B matrix a bias. Not fused.
         quiet: print nothing from now on, or again; None leaves it as it is.
         foreign: arguments of Unsloth that change nothing here, or are refused with their reason.
@@ -76,37 +81,58 @@ def get_peft_model(
         TypeError: an argument that nobody knows.
     """
     check_foreign(get_peft_model, ADAPTING, foreign)
-    facts = need_facts(model, "get_peft_model")
-    facts.quiet = facts.quiet if quiet is None else quiet
-    _check_frozen(facts)
-    _check_loftq(init_lora_weights, loftq_config)
-    arguments: dict[str, Any] = {
-        "rank": r,
-        "alpha": lora_alpha,
-        "dropout": lora_dropout,
-        "targets": target_modules if target_modules is not None else "all-linear",
+    given: dict[str, Any] = {
+        "r": r,
+        "target_modules": target_modules,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
         "bias": bias,
         "layers_to_transform": layers_to_transform,
         "layers_pattern": layers_pattern,
         "use_rslora": use_rslora,
         "use_dora": use_dora,
-        "modules_to_save": tuple(modules_to_save or ()),
+        "modules_to_save": names(modules_to_save),
         "init_lora_weights": init_lora_weights,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "exclude_modules": exclude_modules,
         "trainable_token_indices": trainable_token_indices,
         "lora_bias": lora_bias,
+        "random_state": random_state,
     }
-    length = max_seq_length or model.max_seq_length
+    check_values("get_peft_model", ADAPTED, given | {"max_seq_length": max_seq_length})
+    policies_of(use_gradient_checkpointing)
+    facts = need_facts(model, "get_peft_model")
+    facts.quiet = facts.quiet if quiet is None else quiet
+    _check_frozen(facts)
+    _check_loftq(init_lora_weights, loftq_config)
     if hasattr(model, "peft_config"):
-        _check_same(model, arguments)
+        _check_same(model, given)
     else:
-        with in_arguments():
-            model = add_lora(model, seed=random_state, **arguments)
-    equip(model, length)
+        model = _add(model, given)
+    equip(model, max_seq_length or model.max_seq_length)
+    if max_seq_length is not None:
+        note_length(facts, model)
     put_on(model, facts, use_gradient_checkpointing)
     return model
+
+
+_OTHER_NAMES = {
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets",
+    "random_state": "seed",
+}  # fmt: skip
+"""An argument, and what `add_lora` calls it."""
+
+
+def _add(model: Any, given: Mapping[str, Any]) -> Any:
+    """The model with the adapter that the arguments ask for."""
+    arguments = {_OTHER_NAMES.get(name, name): value for name, value in given.items()}
+    if arguments["targets"] is None:
+        arguments["targets"] = "all-linear"
+    if isinstance(ids := arguments["trainable_token_indices"], Sequence):
+        arguments["trainable_token_indices"] = trainable_rows(model, ids, arguments["modules_to_save"])
+    with in_arguments():
+        return add_lora(model, **arguments)
 
 
 def _check_frozen(facts: Facts) -> None:
@@ -134,19 +160,59 @@ def _check_loftq(start: bool | str, config: Mapping[str, Any] | None) -> None:
             )
 
 
-def _check_same(model: Any, arguments: Mapping[str, Any]) -> None:
+_COMPARED = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "lora_bias")
+"""Arguments that PEFT's config holds as they were given; those below are compared where they are."""
+_COMPARED_WHERE_GIVEN = (
+    "layers_to_transform", "rank_pattern", "alpha_pattern", "exclude_modules", "trainable_token_indices",
+)  # fmt: skip
+
+
+def _check_same(model: Any, given: Mapping[str, Any]) -> None:
     """Refuse other arguments than those of the adapter that a model carries already."""
     config = model.peft_config[model.active_adapters[0]]
-    names = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
-    for argument, field in {
-        **names,
-        "use_rslora": "use_rslora",
-        "use_dora": "use_dora",
-        "bias": "bias",
-    }.items():
-        if getattr(config, field) != arguments[argument]:
-            raise UserError(
-                f"get_peft_model: the model carries an adapter with {field}={getattr(config, field)!r} already, "
-                f"and {field}={arguments[argument]!r} asks for another.",
-                hint="Leave out get_peft_model to train that adapter on, or load the base model for a new one.",
-            )
+    for field in _COMPARED:
+        if getattr(config, field) != given[field]:
+            raise _other(field, getattr(config, field), given[field])
+    for field in _COMPARED_WHERE_GIVEN:
+        own, asked = getattr(config, field), given[field]
+        if isinstance(own, Mapping) and isinstance(asked, Sequence):  # ids of tokens, by module
+            own = sorted({number for numbers in own.values() for number in numbers})
+        if asked is not None and _plain(own) != _plain(asked):
+            raise _other(field, own, asked)
+    modules = dict(base_of(model).named_modules())
+    # PEFT's config may hold these in other words than were given, so they are looked up in the model
+    adapted = [name for name, module in modules.items() if hasattr(module, "lora_A")]
+    if not _are_targets(adapted, given["target_modules"]):
+        raise _other("target_modules", sorted({_last(name) for name in adapted}), given["target_modules"])
+    for wanted in given["modules_to_save"]:
+        found = [module for name, module in modules.items() if ends_in(name, wanted)]
+        if not any(parameter.requires_grad for module in found for parameter in module.parameters()):
+            raise _other("modules_to_save", config.modules_to_save, given["modules_to_save"])
+
+
+def _are_targets(adapted: Sequence[str], targets: str | Sequence[str] | None) -> bool:
+    """Whether the layers that carry an adapter are those that targets name."""
+    if targets is None or targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        return all(re.fullmatch(targets, name) for name in adapted)
+    return {_last(name) for name in adapted} == {_last(name) for name in targets}
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _plain(value: Any) -> Any:
+    """A value for comparison: names in any order and container, one number as a list of it, nothing as None."""
+    if isinstance(value, int):
+        return {value}
+    return (value if isinstance(value, Mapping | str) else set(value)) if value else None
+
+
+def _other(field: str, own: Any, asked: Any) -> UserError:
+    return UserError(
+        f"get_peft_model: the model carries an adapter with {field}={own!r} already, and {field}={asked!r} asks for "
+        "another.",
+        hint="Leave out get_peft_model to train that adapter on, or load the base model for a new one.",
+    )

@@ -44,6 +44,7 @@ def get_chat_template(
     chat_template: str | tuple[str, str] = "chatml",
     mapping: Mapping[str, str] | None = None,
     map_eos_token: bool = True,
+    system_message: str | None = None,
 ) -> Any:
     """Give a tokenizer a chat template.
 
@@ -53,6 +54,7 @@ def get_chat_template(
         mapping: how the data names things: `{"role": "from", "content": "value", "user": "human",
             "assistant": "gpt"}` for ShareGPT.
         map_eos_token: make the token that ends an answer the tokenizer's end-of-sequence token.
+        system_message: None; a system message is part of the data here.
 
     Returns:
         The tokenizer.
@@ -60,10 +62,16 @@ def get_chat_template(
     Raises:
         UserError: there is no such template, or the tokenizer lacks its control tokens.
     """
+    if system_message is not None:
+        raise UserError(
+            "get_chat_template: system_message is not possible; a template writes what a conversation says.",
+            hint='Begin each conversation with {"role": "system", "content": ...}.',
+        )
     end = None
     if isinstance(chat_template, tuple):
         chat_template, end = chat_template
     text = _text_of(chat_template)
+    prelude = "" if mapping is None else _prelude(mapping)
     vocabulary = tokenizer.get_vocab()
     missing = missing_control(text, vocabulary)
     if missing:
@@ -72,18 +80,22 @@ def get_chat_template(
             "to the model.",
             hint="Use the template of the model's family, or add_new_tokens(model, tokenizer, [...]) and train them.",
         )
-    tokenizer.chat_template = text
+    if map_eos_token and end is not None and end not in vocabulary:
+        raise UserError(f"get_chat_template: the tokenizer has no token {end!r} to end an answer with.")
+    tokenizer.chat_template = text  # nothing is refused from here on
     end = end or _end_of_turn(tokenizer)
     if map_eos_token and end is not None:
-        if end not in vocabulary:
-            raise UserError(f"get_chat_template: the tokenizer has no token {end!r} to end an answer with.")
         tokenizer.eos_token = end
-    if mapping is not None:
-        tokenizer.chat_template = _prelude(mapping) + text
+    tokenizer.chat_template = prelude + text
     return tokenizer
 
 
-def _text_of(template: str) -> str:
+def _text_of(template: Any) -> str:
+    if not isinstance(template, str):
+        raise UserError(
+            f"get_chat_template: chat_template is {template!r}, and has to be a name or Jinja text.",
+            hint=f"There are: {', '.join(TEMPLATES)}.",
+        )
     if "{%" in template or "{{" in template:
         return template
     row = TEMPLATES.get(ALIASES.get(template, template))
@@ -147,10 +159,16 @@ def standardize_sharegpt(dataset: Any, column: str = "conversations", num_proc: 
         )
 
     def convert(row: dict[str, Any], number: int) -> dict[str, Any]:
+        if not isinstance(row[column], list):
+            raise UserError(f"standardize_sharegpt: row {number} has no list of messages in {column!r}.")
         try:
             read = [read_message(raw, at) for at, raw in enumerate(row[column])]
         except RowProblem as problem:
-            raise UserError(f"standardize_sharegpt: row {number}: {problem}.") from problem
+            hint = None
+            if problem.reason == "unknown role":
+                hint = "Rename it in the data, to user, assistant, system or tool."
+            what = problem.detail.partition("; say")[0]
+            raise UserError(f"standardize_sharegpt: row {number}: {what}.", hint=hint) from problem
         return {column: [{"role": message["role"], "content": message["content"]} for message in read]}
 
     # without the column's own type, which would ask for the old keys again

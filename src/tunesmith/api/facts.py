@@ -22,6 +22,7 @@ class Facts:
         checkpointing: the last `use_gradient_checkpointing`.
         quiet: whether nothing is printed about it.
         attached: fused layers and door, once they are on.
+        stretched: whether its rotary positions are scaled for longer rows than it was made for.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Facts:
     checkpointing: Any
     quiet: bool
     attached: Attached | None = None
+    stretched: bool = False
 
     def say(self, *lines: str) -> None:
         """Print lines for the person who runs the script, unless they asked for silence."""

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 
 from tunesmith.api.arguments import LOADING, check_foreign
-from tunesmith.api.facts import Facts, base_of, remember
-from tunesmith.api.prepared import equip, put_on
+from tunesmith.api.facts import Facts, remember
+from tunesmith.api.memory import policies_of
+from tunesmith.api.prepared import equip, note_length, put_on
+from tunesmith.api.silence import without_bars
+from tunesmith.api.values import LOADED, check_rope, check_source, check_values
 from tunesmith.api.wording import in_arguments
 from tunesmith.contracts.errors import UserError
 from tunesmith.data.cache import cache_folder
@@ -50,7 +53,7 @@ def from_pretrained(
         load_in_4bit: hold linear layers in NF4; None does so unless one of the next three is True.
         load_in_8bit: hold them in 8-bit integers. Not fused.
         load_in_16bit: hold all weights in `dtype`.
-        full_finetuning: train the weights themselves, in float32. Not fused.
+        full_finetuning: train the weights themselves, in float32.
         token: for the hub, in place of the login.
         device_map: the device; one device trains, by default the first GPU, else the CPU.
         rope_scaling: `{"rope_type": "linear", "factor": 2.0}` and the like, for rows that are longer than the model
@@ -70,13 +73,18 @@ def from_pretrained(
         TypeError: an argument that nobody knows.
     """
     check_foreign(from_pretrained, LOADING, foreign)
+    given = {"model_name": model_name, "max_seq_length": max_seq_length, "rope_scaling": rope_scaling}
+    check_values("from_pretrained", LOADED, given)
+    check_source(str(model_name), revision)
+    check_rope(rope_scaling)
+    policies_of(use_gradient_checkpointing)
     held = _held(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning)
     device = _device(device_map)
     compute = choose_dtype(_dtype_name(dtype), device)
-    facts = Facts(model_name, full_finetuning, use_gradient_checkpointing, quiet)
-    name = _unpacked(model_name)
+    facts = Facts(str(model_name), full_finetuning, use_gradient_checkpointing, quiet)
+    name = _unpacked(str(model_name))
     options = {"attention": attn_implementation, "rope_scaling": rope_scaling}
-    with in_arguments():
+    with in_arguments(), without_bars(quiet):
         model, tokenizer, adapted = _load(
             name,
             revision,
@@ -88,7 +96,8 @@ def from_pretrained(
         )
     remember(model, facts)
     equip(model, max_seq_length)
-    _note_length(facts, model, max_seq_length, rope_scaling)
+    facts.stretched = bool(rope_scaling)
+    note_length(facts, model)
     if adapted or full_finetuning:
         put_on(model, facts, use_gradient_checkpointing)
     return model, tokenizer
@@ -205,13 +214,4 @@ def _refuse_quantized(model: Any, name: str) -> None:
         raise UserError(
             f"model_name: the weights of {name} are quantised, and cannot be trained themselves.",
             hint="Give the model in 16 bits, or leave out full_finetuning and train an adapter.",
-        )
-
-
-def _note_length(facts: Facts, model: Any, length: int, rope_scaling: Any) -> None:
-    made_for = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
-    if made_for is not None and length > made_for and not rope_scaling:
-        facts.say(
-            f"tunesmith: max_seq_length is {length:,}, and the model was made for {made_for:,} positions; "
-            "rows longer than that need rope_scaling."
         )

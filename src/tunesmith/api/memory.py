@@ -1,17 +1,19 @@
 """What a model keeps between forward and backward, by the values that `use_gradient_checkpointing` has in scripts.
 
-    value          fused layers                                  stock layers
-    "unsloth"      `offload`: inputs of layers, on the host      recomputed
-    True           `recompute`: inputs of layers, on the device  recomputed
-    False          `keep`                                        kept
-    "auto"         the fastest that fits `max_seq_length`        kept where it fits, else recomputed
+    value          fused layers                                              stock layers
+    "unsloth"      `offload_attention` where the host has memory for what
+                   moves there, else `offload`, else `recompute`             recomputed
+    True           `recompute`: inputs of layers, on the device              recomputed
+    False          `keep`                                                    kept
+    "auto"         the fastest that fits `max_seq_length`                    kept where it fits, else recomputed
 
-On a CPU nothing is moved: "unsloth" and True are the same there.
+On a CPU nothing is moved.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -22,27 +24,27 @@ from tunesmith.contracts.errors import UserError
 from tunesmith.models.attach import Attached, attach
 from tunesmith.models.head import CausalModel
 from tunesmith.models.policy import POLICIES
-from tunesmith.models.probe import policy_costs
+from tunesmith.models.probe import fixed_bytes, policy_costs
 from tunesmith.planning.fit import fit_micro_batch
 
-CHECKPOINTING: dict[bool | str, str] = {
-    "unsloth": "offload",
-    True: "recompute",
-    False: "keep",
-    "auto": "auto",
+CHECKPOINTING: dict[bool | str, tuple[str, ...]] = {
+    "unsloth": ("offload_attention", "offload", "recompute"),
+    True: ("recompute",),
+    False: ("keep",),
+    "auto": tuple(POLICIES),
 }
-"""A value of `use_gradient_checkpointing`, and the row of `POLICIES` that it asks for."""
+"""A value of `use_gradient_checkpointing`, and the rows of `POLICIES` that it leaves, fastest first."""
 
 
-def policy_of(checkpointing: Any) -> str:
-    """The policy that a value of `use_gradient_checkpointing` asks for.
+def policies_of(checkpointing: Any) -> tuple[str, ...]:
+    """The policies among which a value of `use_gradient_checkpointing` leaves the choice.
 
     Raises:
         UserError: it is none of the four.
     """
-    for value, policy in CHECKPOINTING.items():
+    for value, policies in CHECKPOINTING.items():
         if type(checkpointing) is type(value) and checkpointing == value:
-            return policy
+            return policies
     raise UserError(
         f"use_gradient_checkpointing={checkpointing!r} is none of {', '.join(map(repr, CHECKPOINTING))}.",
         hint='"unsloth" needs the least memory, "auto" is the fastest that fits.',
@@ -53,12 +55,23 @@ def attach_with(model: Any, checkpointing: Any, *, tokens: int) -> Attached:
     """Put fused layers and the door on a model, keeping what `use_gradient_checkpointing` says.
 
     Args:
-        tokens: of a micro-batch, for `auto`.
+        tokens: of a micro-batch, where there is a choice.
     """
-    wanted = policy_of(checkpointing)
+    policies = policies_of(checkpointing)
     attached = attach(model, policy="keep")
-    set_policy(model, attached, fitting(model, attached, tokens) if wanted == "auto" else wanted)
+    try:
+        fit_policy(model, attached, policies, tokens)
+    except BaseException:
+        attached.undo()
+        raise
     return attached
+
+
+def fit_policy(model: Any, attached: Attached, policies: Sequence[str], tokens: int) -> None:
+    """Set the only one of `policies`, or the fastest under which a micro-batch of so many tokens fits."""
+    set_policy(
+        model, attached, policies[0] if len(policies) == 1 else fitting(model, attached, policies, tokens)
+    )
 
 
 def set_policy(model: Any, attached: Attached, policy: str) -> None:
@@ -66,7 +79,7 @@ def set_policy(model: Any, attached: Attached, policy: str) -> None:
     base = base_of(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*checkpointing.* is deprecated", category=FutureWarning)
-        if POLICIES[policy].keep:
+        if POLICIES[policy].keep and not POLICIES[policy].offload:
             base.gradient_checkpointing_disable()
         else:  # also for stock layers, of which a fused model may have some
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -74,10 +87,10 @@ def set_policy(model: Any, attached: Attached, policy: str) -> None:
         attached.installed.set_policy(policy)
 
 
-def fitting(model: Any, attached: Attached, tokens: int) -> str:
-    """The fastest policy under which a micro-batch of so many tokens fits the memory that is free now."""
+def fitting(model: Any, attached: Attached, policies: Sequence[str], tokens: int) -> str:
+    """The fastest of `policies` under which a micro-batch of so many tokens fits the memory that is free now."""
     parameters = list(model.parameters())
-    device, trained = parameters[0].device, sum(p.numel() for p in parameters if p.requires_grad)
+    device = parameters[0].device
     dtype = next(
         (p.dtype for p in parameters if not p.requires_grad and p.is_floating_point()), torch.float32
     )
@@ -86,16 +99,15 @@ def fitting(model: Any, attached: Attached, tokens: int) -> str:
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
-        costs = policy_costs(
-            CausalModel(model, dtype), torch.autocast(device.type, enabled=False), attached.installed
-        )
+        causal = CausalModel(model, dtype)
+        costs = policy_costs(causal, torch.autocast(device.type, enabled=False), attached.installed)
     except UserError:  # a model whose head we cannot take off cannot be measured so either
         return "recompute"
     return fit_micro_batch(
         policy="auto",
-        costs=costs,
+        costs=[cost for cost in costs if cost.name in policies],
         device=device.type,
-        free_bytes=free - trained * 12,  # float32 gradient and two moments
+        free_bytes=free - fixed_bytes(causal, "adamw", attached.installed),
         free_host_bytes=psutil.virtual_memory().available,
         row_tokens=tokens,
     ).policy

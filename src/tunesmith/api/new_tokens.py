@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from tunesmith.api.facts import need_facts
+from tunesmith.api.values import names
 from tunesmith.api.wording import in_arguments
 from tunesmith.contracts.errors import UserError
 from tunesmith.models.vocabulary import extend_tokenizer, resize
 
 
 def add_new_tokens(
-    model: Any, tokenizer: Any, new_tokens: Sequence[str] = (), method: str = "mean"
+    model: Any, tokenizer: Any, new_tokens: str | Sequence[str] = (), method: str = "mean"
 ) -> list[int]:
     """Add tokens to a tokenizer, and rows to the model's embeddings and head that start at the mean of the others.
 
@@ -21,7 +22,7 @@ def add_new_tokens(
 
     Args:
         model: of `FastLanguageModel.from_pretrained`, without an adapter yet.
-        new_tokens: texts that become one token each.
+        new_tokens: texts that become one token each; one text, or several in a list.
         method: `mean`, the one there is.
 
     Returns:
@@ -39,6 +40,6 @@ def add_new_tokens(
     if method != "mean":
         raise UserError(f"add_new_tokens: method={method!r} is not there.", hint='Use method="mean".')
     with in_arguments():
-        ids = extend_tokenizer(tokenizer, new_tokens)
+        ids = extend_tokenizer(tokenizer, names(new_tokens))
     resize(model, tokenizer, ids)
     return ids

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
 
-from tunesmith.api.facts import Facts, base_of, need_facts
+from tunesmith.api.facts import Facts, base_of, facts_of, need_facts
 from tunesmith.api.memory import attach_with
+from tunesmith.api.silence import without_bars
 from tunesmith.config.check_card import check_card
 from tunesmith.contracts.errors import UserError
 from tunesmith.export.merged import save_merged
 
 SAVE_METHODS = ("merged_16bit", "lora")
+_CONVERT = "Use save_pretrained_merged, and llama.cpp's convert_hf_to_gguf.py on its folder."
+_UPLOAD = "Use save_pretrained_merged, and `hf upload NAME FOLDER`."
+NOT_HERE = {
+    "save_pretrained_gguf": _CONVERT,
+    "push_to_hub_gguf": _CONVERT,
+    "push_to_hub_merged": _UPLOAD,
+}
+"""Methods that scripts for Unsloth call on a model, and what to do in place of each."""
 
 
 def put_on(model: Any, facts: Facts, checkpointing: Any) -> None:
     """Put fused layers and door on, and say what is fused and what is not."""
     if facts.attached is not None:
         facts.attached.undo()
+        facts.attached = None  # what follows may fail
     facts.checkpointing = checkpointing
     facts.attached = attach_with(model, checkpointing, tokens=model.max_seq_length)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rows = [
-        ("trained", f"{trained:,} parameters", "the weights themselves" if facts.full else "a LoRA adapter")
-    ]
+    rows = [("trained", f"{trained:,} parameters", _what_trains(model, facts))]
     rows += facts.attached.table()
     if facts.attached.installed is None:
         rows.append(("decoder layers", "stock", "fused layers need a GPU"))
@@ -39,12 +48,42 @@ def put_on(model: Any, facts: Facts, checkpointing: Any) -> None:
     facts.say(f"tunesmith: {facts.name}", *(f"  {what:<{width}}  {how}: {why}" for what, how, why in rows))
 
 
+def _what_trains(model: Any, facts: Facts) -> str:
+    if facts.full:
+        return "the weights themselves"
+    config = model.peft_config[model.active_adapters[0]]
+    # a module that is tied to another stands there twice, under its own name and its path
+    whole = dict.fromkeys(name.rsplit(".", 1)[-1] for name in config.modules_to_save or ())
+    parts = ["a LoRA adapter", *whole]
+    if config.trainable_token_indices:
+        parts.append("rows of the embeddings")
+    if config.bias != "none":
+        parts.append("biases")
+    return ", ".join(parts)
+
+
+def note_length(facts: Facts, model: Any) -> None:
+    """Say where rows may be longer than the model was made for."""
+    made_for = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
+    if made_for is not None and model.max_seq_length > made_for and not facts.stretched:
+        facts.say(
+            f"tunesmith: max_seq_length is {model.max_seq_length:,}, and the model was made for {made_for:,} "
+            "positions; rows longer than that need rope_scaling."
+        )
+
+
 def equip(model: Any, max_seq_length: int) -> None:
     """Give one model the attributes that scripts expect."""
     model.max_seq_length = max_seq_length
     model.save_pretrained_merged = MethodType(save_pretrained_merged, model)
     model.for_training = MethodType(for_training, model)
     model.for_inference = MethodType(for_inference, model)
+    for name in NOT_HERE:
+        setattr(model, name, partial(_refuse, name))
+
+
+def _refuse(name: str, *_: Any, **__: Any) -> None:
+    raise UserError(f"{name} is not here.", hint=NOT_HERE[name])
 
 
 def for_training(model: Any, use_gradient_checkpointing: bool | str | None = None) -> Any:
@@ -82,9 +121,13 @@ def save_pretrained_merged(
         The folder.
 
     Raises:
-        UserError: the method is another, or the model carries an adapter that cannot be merged exactly.
+        UserError: the method is another, the folder is a file, or the model carries an adapter that cannot be merged
+            exactly.
+        StorageError: the merged model cannot be written.
     """
     folder = Path(save_directory).expanduser()
+    if folder.is_file():  # transformers would say so in its log, and save nothing
+        raise UserError(f"save_directory: {folder} is a file.", hint="Give a folder.")
     if save_method.startswith("merged_4bit"):
         raise UserError(
             f"save_method={save_method!r}: rounding the sum to 4 bits loses more than most adapters change.",
@@ -101,7 +144,9 @@ def save_pretrained_merged(
         model.save_pretrained(folder)
     else:
         compute = base_of(model).dtype
-        save_merged(model, folder, torch.float16 if compute == torch.float16 else torch.bfloat16)
+        facts = facts_of(model)
+        with without_bars(facts is not None and facts.quiet):
+            save_merged(model, folder, torch.float16 if compute == torch.float16 else torch.bfloat16)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder

@@ -12,6 +12,7 @@ was cut in the middle of a character), tokens are decoded one character at a tim
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from tunesmith.contracts.errors import UserError
@@ -135,12 +136,14 @@ def train_on_responses_only(
     answers = Answers(tokenizer, instruction_part, response_part, last_only=last_response_only)
 
     def relabel(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        given = rows.get("labels", rows["input_ids"])
-        return {"labels": [answers.labels(*row) for row in zip(rows["input_ids"], given, strict=True)]}
+        ids = rows["input_ids"]
+        given, lengths = rows.get("labels", ids), rows.get("seq_lengths", [[len(row)] for row in ids])
+        return {"labels": [_by_document(answers, *row) for row in zip(ids, given, lengths, strict=True)]}
 
     if return_function:
         return relabel
     _refuse_collator(trainer)
+    _refuse_cutting(trainer)
     options = {"batched": True} | ({} if num_proc is None else {"num_proc": num_proc})
     for name in ("train_dataset", "eval_dataset"):
         dataset = getattr(trainer, name, None)
@@ -152,6 +155,14 @@ def train_on_responses_only(
             changed = None if dataset is None else _relabelled(dataset, relabel, options, name)
         setattr(trainer, name, changed)
     return trainer
+
+
+def _by_document(
+    answers: Answers, ids: Sequence[int], labels: Sequence[int], lengths: Sequence[int]
+) -> list[int]:
+    """Labels of a row, document by document where it is packed: an answer ends where its document does."""
+    ends = list(accumulate(lengths, initial=0))
+    return [label for span in map(slice, ends, ends[1:]) for label in answers.labels(ids[span], labels[span])]
 
 
 def _relabelled(dataset: Any, relabel: Any, options: dict[str, Any], name: str) -> Any:
@@ -167,8 +178,9 @@ def _relabelled(dataset: Any, relabel: Any, options: dict[str, Any], name: str) 
     trains = [any(label != IGNORED for label in labels) for labels in changed["labels"]]
     if not any(trains):
         raise UserError(
-            f"train_on_responses_only: no row of {name} has an answer: response_part does not stand in any.",
-            hint="Print one text of your data set and copy the parts from there, line ends included.",
+            f"train_on_responses_only: no row of {name} has an answer behind response_part.",
+            hint="Print one text of your data set and copy the parts from there, line ends included; or raise "
+            "max_seq_length, if it cuts the answers off.",
         )
     if not all(trains):
         print(
@@ -176,6 +188,19 @@ def _relabelled(dataset: Any, relabel: Any, options: dict[str, Any], name: str) 
             flush=True,
         )
     return changed
+
+
+def _refuse_cutting(trainer: Any) -> None:
+    """Refuse packing that cuts texts: what follows a cut has no marker that says whose words it is."""
+    args = getattr(trainer, "args", None)
+    packs = getattr(args, "packing", False) or getattr(args, "eval_packing", False)
+    strategy = getattr(args, "packing_strategy", "bfd")
+    if packs and strategy != "bfd":
+        raise UserError(
+            f"train_on_responses_only: packing_strategy={strategy!r} cuts texts in two, and of a second half nobody "
+            "can tell whether it is an answer.",
+            hint='Use packing_strategy="bfd".',
+        )
 
 
 def _refuse_collator(trainer: Any) -> None:

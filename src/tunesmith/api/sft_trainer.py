@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from tunesmith.api import silence  # noqa: F401  what TRL imports speaks
 from tunesmith.api.arguments import check_foreign
 from tunesmith.api.facts import Facts, facts_of
-from tunesmith.api.memory import fitting, set_policy
+from tunesmith.api.memory import fit_policy, policies_of
 from tunesmith.contracts.errors import UserError
 from tunesmith.training.optim import parameter_groups
 
@@ -23,7 +24,14 @@ except ModuleNotFoundError as error:
         hint='Install it with `pip install "tunesmith[trl]"`.',
     ) from error
 
-from tunesmith.api.trainer_arguments import MOVED, TRAINING, make_config, one_example
+from tunesmith.api.trainer_arguments import (
+    MOVED,
+    TRAINING,
+    check_columns,
+    check_rates,
+    make_config,
+    one_example,
+)
 
 _TODAY = frozenset(inspect.signature(TrlTrainer.__init__).parameters)
 
@@ -68,6 +76,11 @@ class SFTTrainer(TrlTrainer):
                 f"SFTTrainer takes a model, and {model!r} is a name.",
                 hint="Load it with FastLanguageModel.from_pretrained.",
             )
+        if not hasattr(model, "parameters"):
+            raise UserError(
+                f"SFTTrainer takes a model, and this is a {type(model).__name__}.",
+                hint="from_pretrained returns two things: model, tokenizer = FastLanguageModel.from_pretrained(...).",
+            )
         moved = {name: more.pop(name) for name in MOVED if name in more}
         today = {name: more.pop(name) for name in [*more] if name in _TODAY}
         check_foreign(SFTTrainer, TRAINING, more, [*MOVED, *_TODAY])
@@ -79,6 +92,11 @@ class SFTTrainer(TrlTrainer):
                 hint="Put an adapter on it with get_peft_model first.",
             )
         config = make_config(args, moved, model, facts)
+        check_rates(
+            model, loraplus_lr_ratio, embedding_learning_rate, with_peft=bool(today.get("peft_config"))
+        )
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            check_columns(name, dataset, config.dataset_text_field, today.get("formatting_func"))
         today["formatting_func"] = one_example(today.get("formatting_func"), train_dataset)
         self._rates = (loraplus_lr_ratio, embedding_learning_rate)
         super().__init__(
@@ -126,7 +144,7 @@ class SFTTrainer(TrlTrainer):
 
 
 def _fit(model: Any, facts: Facts, config: Any) -> None:
-    """With `auto`, what is kept is chosen anew now that the size of a micro-batch is known."""
-    if facts.checkpointing == "auto" and facts.attached is not None:
+    """Where there is a choice, what is kept is chosen anew now that the size of a micro-batch is known."""
+    if facts.attached is not None and len(policies := policies_of(facts.checkpointing)) > 1:
         tokens = config.per_device_train_batch_size * (config.max_length or model.max_seq_length)
-        set_policy(model, facts.attached, fitting(model, facts.attached, tokens))
+        fit_policy(model, facts.attached, policies, tokens)

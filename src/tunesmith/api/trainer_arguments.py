@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
 from tunesmith.api.arguments import Foreign
-from tunesmith.api.facts import Facts
+from tunesmith.api.facts import Facts, base_of
 from tunesmith.contracts.errors import UserError
 
 MOVED: dict[str, str] = {
@@ -96,7 +96,12 @@ def make_config(
         values |= {"fp16": False, "fp16_full_eval": False}
         line = "tunesmith: fp16 is for GPUs; this CPU computes in float32."
         print(line, flush=True) if facts is None else facts.say(line)
-    return kind(**values)
+    config = kind(**values)
+    if facts is not None and config.n_gpu > 1:
+        # nn.DataParallel calls the first GPU's layers everywhere; without it the batch would still be that of all
+        config._n_gpu = 1
+        facts.say("tunesmith: a process trains on one GPU; the others here are left alone.")
+    return config
 
 
 def _defaults(model: Any, on_gpu: bool) -> dict[str, Any]:
@@ -141,3 +146,63 @@ def one_example(formatting: Callable[[Any], Any] | None, dataset: Any) -> Callab
         return text
 
     return format_one
+
+
+_READ_BY_TRL = ("input_ids", "messages", "prompt", "conversations")
+"""Columns that TRL reads in place of a text."""
+
+
+def check_columns(name: str, dataset: Any, field: str, formatting: Any) -> None:
+    """Refuse a data set that is empty, or without any column that trains.
+
+    Args:
+        name: `train_dataset` or `eval_dataset`.
+        field: where its text stands.
+        formatting: a function that makes the text, which may read any columns.
+
+    Raises:
+        UserError: with the columns that there are.
+    """
+    for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+        if hasattr(part, "__len__") and hasattr(part, "column_names") and len(part) == 0:
+            raise UserError(f"SFTTrainer: {name} has no rows.")
+        columns = getattr(part, "column_names", None)
+        if columns and formatting is None and not {field, *_READ_BY_TRL} & set(columns):
+            raise UserError(
+                f"SFTTrainer: {name} has no column {field!r}.",
+                hint=f"It has {', '.join(columns)}; say which holds the text with dataset_text_field=.",
+            )
+
+
+def check_rates(model: Any, loraplus: float | None, embedding: float | None, *, with_peft: bool) -> None:
+    """Refuse learning rates that are none, and one for embeddings that do not train.
+
+    Args:
+        loraplus: rate of the B matrices over that of the others.
+        embedding: rate of embeddings and head.
+        with_peft: whether the trainer puts an adapter on first, of which nothing is known yet.
+
+    Raises:
+        UserError: with what to do.
+    """
+    for name, rate in (("loraplus_lr_ratio", loraplus), ("embedding_learning_rate", embedding)):
+        if rate is not None and not (isinstance(rate, int | float) and rate > 0):
+            raise UserError(f"SFTTrainer: {name} is {rate!r}, and has to be a number above 0.")
+    if embedding is not None and not with_peft and not _embeddings_train(model):
+        raise UserError(
+            "SFTTrainer: embedding_learning_rate is given, and neither embeddings nor head train.",
+            hint='Train them with get_peft_model(..., modules_to_save=["embed_tokens", "lm_head"]), or leave it out.',
+        )
+
+
+def _embeddings_train(model: Any) -> bool:
+    """Whether anything of embeddings or head trains, adapters on the head excepted."""
+    base = base_of(model)
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    return any(
+        parameter.requires_grad
+        for module in ends
+        if module is not None
+        for name, parameter in module.named_parameters()
+        if "lora_" not in name
+    )

@@ -18,6 +18,8 @@ ARGUMENTS = {
     "adapter.layers_to_transform": "layers_to_transform",
     "adapter.modules_to_save": "modules_to_save",
     "adapter.rank_pattern": "rank_pattern",
+    "adapter.exclude_modules": "exclude_modules",
+    "adapter.trainable_token_indices": "trainable_token_indices",
     "adapter.alpha_pattern": "alpha_pattern",
     "adapter.new_tokens": "new_tokens",
     "adapter.use_dora": "use_dora",
@@ -38,4 +40,5 @@ def in_arguments() -> Iterator[None]:
             for text in (error.message, error.hint)
         )
         assert message is not None
-        raise UserError(message, hint=hint, exit_code=error.exit_code) from error
+        # one traceback is enough: the same sentence in other words says nothing more
+        raise UserError(message, hint=hint, exit_code=error.exit_code) from error.__cause__

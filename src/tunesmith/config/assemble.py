@@ -26,10 +26,10 @@ from tunesmith.models.head_check import check_head, check_packing
 from tunesmith.models.install import Installed, install
 from tunesmith.models.loader import choose_device, choose_dtype, load_tokenizer
 from tunesmith.models.policy import POLICIES
-from tunesmith.models.probe import policy_costs
+from tunesmith.models.probe import fixed_bytes, policy_costs
 from tunesmith.models.vocabulary import extend_tokenizer
 from tunesmith.objectives.table import OBJECTIVES
-from tunesmith.planning.fit import STOCK_POLICIES, USABLE, Fit, fit_micro_batch
+from tunesmith.planning.fit import STATE_BYTES, STOCK_POLICIES, USABLE, Fit, fit_micro_batch
 from tunesmith.planning.graphs import graphs_pay
 from tunesmith.settings.model import AdapterSettings
 from tunesmith.settings.run import RunSettings
@@ -85,15 +85,13 @@ def _fit(
     installed: Installed | None,
 ) -> Fit:
     """Measure what a token takes, choose what is kept of it, and make the layers do so."""
-    trained = sum(p.numel() for p in causal.model.parameters() if p.requires_grad)
-    optimizer_and_gradients = trained * 12  # float32 gradient and two moments
     whole_rows = settings.train.packing or settings.data.streaming
     longest = settings.train.sequence_length if whole_rows else int(data.corpus.lengths.max())
     fit = fit_micro_batch(
         policy=settings.memory.policy,
         costs=policy_costs(causal, backend.autocast(), installed),
         device=backend.device.type,
-        free_bytes=_free_bytes(backend.device) - optimizer_and_gradients,
+        free_bytes=_free_bytes(backend.device) - fixed_bytes(causal, settings.train.optimizer, installed),
         free_host_bytes=psutil.virtual_memory().available,
         row_tokens=longest,
     )
@@ -151,10 +149,16 @@ def _record(
         assert installed is not None
         if not graphs_pay(tokens=fit.tokens, layer_parameters=installed.layer_parameters()):
             reason = "the model keeps the GPU busy without"
-        elif 2 * fit.bytes_per_token * fit.tokens > USABLE * _free_bytes(backend.device):
-            reason = "activations would have to fit twice, in the graphs and beside them"
+        elif 2 * (fit.bytes_per_token * fit.tokens + _gradient_bytes(installed)) > USABLE * _free_bytes(
+            backend.device
+        ):
+            reason = "activations and gradients would have to fit twice, in the graphs and beside them"
     backend.use_graphs = reason is None
     return reason
+
+
+def _gradient_bytes(installed: Installed) -> int:
+    return sum(p.nbytes for p in installed.model.parameters() if p.requires_grad)
 
 
 _FIXED = {
@@ -182,6 +186,8 @@ def _identity(settings: RunSettings, data: PreparedData, causal: CausalModel) ->
         for name in _FIXED_WHERE_SET
         if plain["adapter"][name] != defaults[name]
     }
+    if any(p.requires_grad and p.dtype == torch.bfloat16 for p in causal.model.parameters()):
+        fixed["type of the trained weights"] = "bfloat16"  # `auto` may choose another on another card
     if settings.data.mix.strategy != "concatenate":
         fixed["data.mix"] = plain["data"]["mix"]
     if settings.data.streaming:
@@ -193,11 +199,12 @@ def _identity(settings: RunSettings, data: PreparedData, causal: CausalModel) ->
 def _check_space(
     settings: RunSettings, store: CheckpointStore, causal: CausalModel, total_steps: int
 ) -> None:
-    """Foresee a full disk: parameters and two moments per checkpoint, those that are kept and one in the making."""
-    trained = sum(p.numel() * p.element_size() for p in causal.model.parameters() if p.requires_grad)
+    """Foresee a full disk: parameters and optimizer in each checkpoint, those that are kept and one in the making."""
+    state = STATE_BYTES[settings.train.optimizer]
+    trained = sum(int(p.nbytes + state * p.numel()) for p in causal.model.parameters() if p.requires_grad)
     saves = 1 + (total_steps // settings.output.save_every if settings.output.save_every else 0)
     to_come = min(saves, settings.output.keep + 2) - len(store.all())
-    store.ensure_space(trained * 3 * max(1, to_come))
+    store.ensure_space(trained * max(1, to_come))
 
 
 def _check_vocabulary(tokenizer: Any, data: PreparedData, causal: CausalModel) -> None:

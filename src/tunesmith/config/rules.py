@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tunesmith.planning.fit import STOCK_POLICIES
 from tunesmith.settings.data import HeldOutSettings
+from tunesmith.settings.model import AdapterSettings
 from tunesmith.settings.run import ParallelSettings, RunSettings
 
 Broken = tuple[tuple[str | int, ...], str, str]
@@ -23,6 +23,31 @@ class Rule:
     expected: str
 
 
+_OF_AN_ADAPTER = (
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+    "modules_to_save",
+    "layers_to_transform",
+    "last_layers",
+    "rank_pattern",
+    "alpha_pattern",
+    "loraplus_lr_ratio",
+)
+"""Settings that say nothing without an adapter; rank, alpha, dropout and targets may stand in every run file."""
+
+_DEFAULTS = AdapterSettings()
+
+
+def _only_of_an_adapter(name: str) -> Rule:
+    return Rule(
+        ("adapter", name),
+        lambda s: s.adapter.kind == "none" and getattr(s.adapter, name) != getattr(_DEFAULTS, name),
+        f"adapter.{name} with adapter.kind: none",
+        "it is of an adapter: remove it, or set adapter.kind: lora",
+    )
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         ("adapter", "kind"),
@@ -35,6 +60,27 @@ RULES: tuple[Rule, ...] = (
         lambda s: s.adapter.last_layers is not None and s.adapter.layers_to_transform is not None,
         "adapter.last_layers beside adapter.layers_to_transform",
         "both say which layers get an adapter: remove one",
+    ),
+    Rule(
+        ("adapter", "last_layers"),
+        lambda s: (
+            s.adapter.last_layers is not None
+            and isinstance(s.adapter.targets, str)
+            and s.adapter.targets != "all-linear"
+        ),
+        "adapter.last_layers beside a regular expression in adapter.targets",
+        r"the expression chooses layers itself: write them into it, such as `.*\.layers\.(30|31)\..*_proj`",
+    ),
+    *(_only_of_an_adapter(name) for name in _OF_AN_ADAPTER),
+    Rule(
+        ("adapter", "embedding_learning_rate"),
+        lambda s: (
+            s.adapter.embedding_learning_rate is not None
+            and s.adapter.kind == "lora"
+            and not (s.adapter.path or s.adapter.new_tokens or s.adapter.modules_to_save)
+        ),
+        "adapter.embedding_learning_rate, and no embeddings train",
+        "add adapter.new_tokens, or adapter.modules_to_save: [embed_tokens, lm_head]; or remove it",
     ),
     Rule(
         ("adapter", "new_tokens"),
@@ -53,12 +99,6 @@ RULES: tuple[Rule, ...] = (
         lambda s: s.adapter.init_lora_weights in ("pissa", "olora") and s.model.quantize != "none",
         "adapter.init_lora_weights takes a part of each weight out of the base, and the base is quantised",
         "set model.quantize: none, or use loftq on a 4-bit base",
-    ),
-    Rule(
-        ("adapter", "loraplus_lr_ratio"),
-        lambda s: s.adapter.loraplus_lr_ratio is not None and s.adapter.kind == "none",
-        "adapter.loraplus_lr_ratio with adapter.kind: none",
-        "it is a rate of an adapter's matrices: remove it, or set adapter.kind: lora",
     ),
     Rule(
         ("model", "freeze"),
@@ -87,16 +127,6 @@ RULES: tuple[Rule, ...] = (
         ),
         "train.micro_batch is larger than train.global_batch",
         "a micro-batch is a part of the global batch: lower it, or leave it at auto",
-    ),
-    Rule(
-        ("memory", "policy"),
-        lambda s: (
-            s.memory.policy not in ("auto", *STOCK_POLICIES)
-            and s.adapter.kind == "none"
-            and not s.model.freeze
-        ),
-        "this memory.policy beside adapter.kind: none",
-        "it needs fused layers, and layers whose own weights are trained are not fused: use auto, keep or recompute",
     ),
     Rule(
         ("data", "overlap"),

@@ -17,6 +17,7 @@ from tunesmith.data.proof import REASON as PREFIX
 if TYPE_CHECKING:
     from tunesmith.config.assemble import Run
     from tunesmith.config.result import RunResult
+    from tunesmith.settings.model import AdapterSettings
 
 
 def _show(console: Console, rows: Sequence[tuple[str, str | Text]], *, whole_lines: bool = False) -> None:
@@ -49,6 +50,22 @@ def _parameters(count: int) -> str:
     return str(count)
 
 
+def _adapter(adapter: AdapterSettings) -> str:
+    """What is trained on a frozen model, with what was asked for beyond the usual."""
+    if adapter.path:
+        return f"the adapter {adapter.path}"
+    start = adapter.init_lora_weights
+    extras = [
+        *(["DoRA"] if adapter.use_dora else []),
+        *(["rsLoRA"] if adapter.use_rslora else []),
+        *([f"start {start}"] if isinstance(start, str) else []),
+        *(["biases"] if adapter.bias != "none" else []),
+        *adapter.modules_to_save,
+        *([counted(len(adapter.new_tokens), "new token")] if adapter.new_tokens else []),
+    ]
+    return f"LoRA rank {adapter.rank}" + (f" with {', '.join(extras)}" if extras else "")
+
+
 def _model_line(run: Run) -> str:
     settings = run.settings
     parameters = list(run.causal.model.named_parameters())
@@ -57,12 +74,14 @@ def _model_line(run: Run) -> str:
     everything = run.causal.base.num_parameters() - added
     plain = str(run.causal.compute_dtype).removeprefix("torch.")
     held = {"nf4": "4-bit NF4", "int8": "8-bit integers"}.get(settings.model.quantize, plain)
-    what = f"LoRA rank {settings.adapter.rank}" if settings.adapter.kind == "lora" else "all parameters"
-    if settings.adapter.path:
-        what = f"the adapter {settings.adapter.path}"
+    what = _adapter(settings.adapter) if settings.adapter.kind == "lora" else "all parameters"
+    how = ""
+    if settings.adapter.kind == "none":
+        held = next(str(p.dtype).removeprefix("torch.") for _, p in parameters if p.requires_grad)
+        how = f", computed in {plain}" + (" and rounded stochastically" if held == "bfloat16" else "")
     return (
         f"{settings.model.name}: {_parameters(everything)} parameters in {held} on {run.backend.device}; "
-        f"{what}, {_parameters(trained)} trained ({trained / everything:.1%})"
+        f"{what}, {_parameters(trained)} trained ({trained / everything:.1%}){how}"
     )
 
 

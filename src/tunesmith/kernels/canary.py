@@ -61,6 +61,7 @@ class Traits:
         interleaved: whether neighbouring columns rotate together.
         spread: whether every second column of the tables is read.
         residual_multiplier: factor on what a block adds.
+        norms_train: whether the weights of any norm train.
     """
 
     norm: str = "rms"
@@ -78,6 +79,7 @@ class Traits:
     interleaved: bool = False
     spread: bool = False
     residual_multiplier: float = 1.0
+    norms_train: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,7 @@ def _norm_size(kind: str, **options: bool) -> Callable[[ModelShape], Size | None
             "width": m.width,
             "offset": traits.norm_offset,
             "bias": traits.norm_bias,
+            "weight_grad": traits.norms_train,
         }
         return {**size, **options}
 
@@ -167,6 +170,7 @@ def _qkv_size(*, normed: bool) -> Callable[[ModelShape], Size | None]:
             "spread": traits.spread,
             "offset": traits.norm_offset,
             "full": traits.qk_full,
+            "weight_grad": traits.norms_train,
         }
 
     return size
@@ -183,6 +187,12 @@ def _mlp_size(m: ModelShape) -> Size:
         "plain": not traits.gated,
         "shared": traits.one_gate_up,
     }
+
+
+def _adamw_size(m: ModelShape) -> Size:
+    """Adapters are float32 whatever the compute type is, hence both; bfloat16 is rounded stochastically."""
+    elements = m.width * max(1, m.rank)
+    return {"tensors": 4, "elements": elements, "mixed": True, "max_norm": 1.0, "seed": 1}
 
 
 _SIZES: dict[str, Callable[[ModelShape], Size | None]] = {
@@ -202,8 +212,8 @@ _SIZES: dict[str, Callable[[ModelShape], Size | None]] = {
     "logprob_": lambda m: {"rows": 32, "vocabulary": m.vocabulary},
     "packed_attention": _attention_size,
     "packed_attention_backward": _attention_size,
-    # adapters are float32 whatever the compute type is, hence both
-    "adamw_": lambda m: {"tensors": 4, "elements": m.width * max(1, m.rank), "mixed": True, "max_norm": 1.0},
+    "adamw_": _adamw_size,
+    "adamw_8bit_": _adamw_size,
 }
 """Size at which a row of the catalog is checked for a model; None where the model does not use it."""
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tunesmith.kernels import attention_rows
 from tunesmith.kernels.adamw import adamw_, adamw_reference_
+from tunesmith.kernels.adamw_8bit import adamw_8bit_, adamw_8bit_reference_, scales_of
 from tunesmith.kernels.attention_triton import (
     packed_attention,
     packed_attention_backward,
@@ -111,6 +112,9 @@ ROUNDED = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 ROUNDED_TWICE = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 """The gradient of x·Aᵀ is formed from gradients that are rounded already, and rounded itself; adapters too large to
 be fused are added in a pass that rounds once more. Few elements do not average the errors."""
+# A moment at the edge of two codes may take the other one, which is a hundredth of a code or less over a few hundred
+# elements; parameters in bfloat16 are rounded by up to a whole unit in the last place, 2^-7.
+IN_8_BITS = {torch.float32: 1e-3, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 # An lse of magnitude 10 is exact to 1e-6, which is a relative error of the probabilities.
 SOFTMAX = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
@@ -432,7 +436,7 @@ def _logprob_cost(size: Size, itemsize: int) -> Cost:
 
 
 def _adamw_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Tensors of falling size, every second one in float32 at least with `mixed`."""
+    """Tensors of falling size, every second one in float32 at least with `mixed`; moments too with a `seed`."""
     indices = range(size["tensors"])
     other = torch.promote_types(dtype, torch.float32) if size.get("mixed") else dtype
 
@@ -440,16 +444,40 @@ def _adamw_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs
         elements = max(1, size["elements"] - index * size.get("less", 0))
         return _normal((elements,), other if index % 2 else dtype, device)
 
+    def moment(index: int) -> Tensor:
+        tensor = normal(index)
+        return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if size.get("seed") else tensor
+
     return {
         "parameters": tuple(normal(index) for index in indices),
         "gradients": tuple(normal(index) for index in indices),
-        "exp_avgs": tuple(normal(index).mul_(0.1) for index in indices),
-        "exp_avg_sqs": tuple(normal(index).square_().add_(0.1) for index in indices),
+        "exp_avgs": tuple(moment(index).mul_(0.1) for index in indices),
+        "exp_avg_sqs": tuple(moment(index).square_().add_(0.1) for index in indices),
         "steps": tuple(torch.tensor(float(index % 3), device=device) for index in indices),
         "groups": tuple(index % 2 for index in indices),
         "options": ((1e-2, 0.9, 0.999, 1e-8, 0.1), (3e-3, 0.0, 0.99, 1e-6, 0.0)),
         "max_norm": size.get("max_norm"),
+        "seed": size.get("seed"),
     }
+
+
+def _adamw_8bit_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """The tensors of `_adamw_cases` with moments of any code but 0 and 255."""
+    inputs = _adamw_cases({"seed": 1, **size}, dtype, device)
+    del inputs["exp_avg_sqs"]
+    parameters = inputs["parameters"]
+    for name in ("exp_avgs", "roots"):
+        inputs[name] = tuple(
+            torch.randint(1, 255, p.shape, dtype=torch.uint8, device=device) for p in parameters
+        )
+    for name in ("exp_avg_scales", "root_scales"):
+        inputs[name] = tuple(torch.rand(scales_of(p.numel()), device=device) + 0.1 for p in parameters)
+    return inputs
+
+
+def _adamw_8bit_cost(size: Size, itemsize: int) -> Cost:
+    elements = sum(max(1, size["elements"] - i * size.get("less", 0)) for i in range(size["tensors"]))
+    return Cost(elements * (4 * itemsize + 4) + elements // 16, 100 * elements)
 
 
 def _adamw_cost(size: Size, itemsize: int) -> Cost:
@@ -823,15 +851,35 @@ CATALOG: dict[str, KernelRow] = {
                 {"tensors": 3, "elements": 5, "less": 2},
                 {"tensors": 2, "elements": 2048, "less": 1008, "max_norm": 1e6},
                 {"tensors": 3, "elements": 1025, "less": 512, "mixed": True, "max_norm": 0.25},
+                {"tensors": 3, "elements": 1500, "less": 517, "seed": 3},
             ),
             large=(
                 {"tensors": 420, "elements": 11664, "max_norm": 1.0},
                 {"tensors": 420, "elements": 11664, "mixed": True, "max_norm": 1.0},
                 {"tensors": 448, "elements": 11665, "less": 3, "max_norm": 1.0},
                 {"tensors": 4, "elements": 2**26, "max_norm": 1.0},
+                {"tensors": 4, "elements": 2**26, "max_norm": 1.0, "seed": 3},
             ),
             tolerances=ROUNDED,
             cost=_adamw_cost,
+        ),
+        KernelRow(
+            name="adamw_8bit_",
+            op=adamw_8bit_,
+            reference=adamw_8bit_reference_,
+            cases=_adamw_8bit_cases,
+            small=(
+                {"tensors": 3, "elements": 1400, "less": 509, "max_norm": 1.0},
+                {"tensors": 3, "elements": 5, "less": 2},
+                {"tensors": 3, "elements": 2048, "less": 1008, "mixed": True, "max_norm": 0.25},
+            ),
+            large=(
+                {"tensors": 8, "elements": 4096 * 14336, "max_norm": 1.0},
+                {"tensors": 16, "elements": 2**24, "less": 3, "max_norm": 1.0},
+                {"tensors": 420, "elements": 11664, "max_norm": 1.0},
+            ),
+            tolerances=IN_8_BITS,
+            cost=_adamw_8bit_cost,
         ),
         KernelRow(
             name="packed_attention",

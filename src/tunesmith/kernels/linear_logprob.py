@@ -12,7 +12,8 @@ what the upstream gradient is up to one scalar, so it computes the gradients the
 Rejected: keeping the logits in 16 bits between the passes, which still costs S · V.
 
 Rows are weighted after the GEMMs, in the accumulation type, because a weight such as 1/30,000 times a small
-probability is below what float16 can hold.
+probability is below what float16 can hold. The gradient of a head that trains is added up over the chunks by the
+GEMMs themselves, in the accumulation type; its rows are weighted before, over the largest weight, and stay in range.
 
 Shape suffixes: S supervised tokens, D hidden size, V vocabulary, C rows of one chunk.
 """
@@ -67,40 +68,77 @@ def _logits(hidden_CD: Tensor, head: _Head) -> Tensor:
     return logits_CV
 
 
-class _Gradients:
-    """Accumulates the gradients of hidden states, weight and bias over chunks."""
+def _add_product_(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
+    """total += left · right, on CUDA within the GEMM: a product of its own would be as large as the total."""
+    if left_VC.is_cuda and left_VC.dtype != total_VD.dtype:
+        torch.addmm(total_VD, left_VC, right_CD, out_dtype=total_VD.dtype, out=total_VD)
+    elif left_VC.dtype == total_VD.dtype:
+        total_VD.addmm_(left_VC, right_CD)
+    else:
+        total_VD += left_VC @ right_CD
 
-    def __init__(self, hidden_SD: Tensor, head: _Head, needed: tuple[bool, bool, bool]) -> None:
+
+class _Gradients:
+    """Accumulates the gradients of hidden states, weight and bias over chunks.
+
+    Args:
+        needed: which of the three are wanted.
+        row_weight_S: the upstream gradient of every row.
+    """
+
+    def __init__(
+        self, hidden_SD: Tensor, head: _Head, needed: tuple[bool, bool, bool], row_weight_S: Tensor
+    ) -> None:
         accumulate = _accumulation_dtype(hidden_SD)
         weight_VD, bias_V = head.weight_VD, head.bias_V
         self.hidden_SD = torch.empty_like(hidden_SD, dtype=accumulate) if needed[0] else None
         self.weight_VD = torch.zeros_like(weight_VD, dtype=accumulate) if needed[1] else None
         self.bias_V = torch.zeros_like(bias_V, dtype=accumulate) if needed[2] and bias_V is not None else None
+        self._row_weight_S = row_weight_S
+        self._largest: Tensor | None = None
+        if self.weight_VD is not None and row_weight_S.numel():
+            smallest = torch.finfo(row_weight_S.dtype).tiny
+            self._largest = row_weight_S.abs().amax().clamp_min(smallest)
 
-    def add(self, rows: slice, hidden_CD: Tensor, grad_CV: Tensor, row_weight_C: Tensor, head: _Head) -> None:
-        """Add a chunk: `grad_CV` unweighted, `row_weight_C` the upstream gradient of each row."""
+    def add(self, rows: slice, hidden_CD: Tensor, grad_CV: Tensor, head: _Head) -> None:
+        """Add a chunk of rows, `grad_CV` unweighted."""
+        row_weight_C = self._row_weight_S[rows]
         narrow_CV = grad_CV.to(hidden_CD.dtype)
         if self.hidden_SD is not None:
             # ∂/∂h_s = g_s · (∂logprob/∂z)_s W
             self.hidden_SD[rows] = (narrow_CV @ head.weight_VD) * row_weight_C[:, None]
         if self.weight_VD is not None:
-            # ∂/∂W = Σ_s g_s · (∂logprob/∂z)_s ⊗ h_s, the rows of h scaled by g_s / max|g| to stay in range
-            largest = row_weight_C.abs().amax().clamp_min(torch.finfo(row_weight_C.dtype).tiny)
-            scaled_CD = (hidden_CD * (row_weight_C / largest)[:, None]).to(hidden_CD.dtype)
-            self.weight_VD += (narrow_CV.T @ scaled_CD).to(self.weight_VD.dtype) * largest
+            assert self._largest is not None
+            # ∂/∂W = max|g| · Σ_s (∂logprob/∂z)_s ⊗ (g_s / max|g|) h_s
+            scaled_CD = (hidden_CD * (row_weight_C / self._largest)[:, None]).to(hidden_CD.dtype)
+            _add_product_(self.weight_VD, narrow_CV.T, scaled_CD)
         if self.bias_V is not None:
             self.bias_V += row_weight_C @ grad_CV.to(row_weight_C.dtype)
 
-    def scaled(self, factor: Tensor, like: _Head, hidden_dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-        """The three gradients times `factor`, in the types of what they belong to."""
-        hidden = None if self.hidden_SD is None else (self.hidden_SD * factor).to(hidden_dtype)
-        weight = None if self.weight_VD is None else (self.weight_VD * factor).to(like.weight_VD.dtype)
-        bias = (
-            None
-            if self.bias_V is None or like.bias_V is None
-            else (self.bias_V * factor).to(like.bias_V.dtype)
+    def sums(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of hidden states, weight and bias, and the factor that the weight's still lacks."""
+        return self.hidden_SD, self.weight_VD, self.bias_V, self._largest
+
+
+def _scaled(
+    sums: tuple[Tensor | None, ...], factor: Tensor, types: tuple[torch.dtype, ...]
+) -> tuple[Tensor | None, ...]:
+    """The three gradients of `_Gradients.sums` times `factor`, in the types of what they belong to."""
+    hidden_SD, weight_VD, bias_V, largest = sums
+    weight_factor = factor if largest is None else factor * largest
+    return tuple(
+        # rounded as it is multiplied: of a head's gradient there is no second copy in float32
+        None if total is None else torch.mul(total, by, out=total.new_empty(total.shape, dtype=dtype))
+        for total, by, dtype in zip(
+            (hidden_SD, weight_VD, bias_V), (factor, weight_factor, factor), types, strict=True
         )
-        return hidden, weight, bias
+    )
+
+
+def _types(hidden_SD: Tensor, head: _Head) -> tuple[torch.dtype, ...]:
+    """Of hidden states, weight and bias."""
+    weight_VD, bias_V = head.weight_VD, head.bias_V
+    return hidden_SD.dtype, weight_VD.dtype, weight_VD.dtype if bias_V is None else bias_V.dtype
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -121,12 +159,12 @@ class _LinearLogprob(torch.autograd.Function):
         hidden_SD, targets_S, weight_VD, bias_V = ctx.saved_tensors
         head = _Head(weight_VD, bias_V, ctx.scale, ctx.softcap)
         needed = ctx.needs_input_grad
-        total = _Gradients(hidden_SD, head, (needed[0], needed[2], needed[3]))
+        total = _Gradients(hidden_SD, head, (needed[0], needed[2], needed[3]), grad_S)
         for rows in _chunks(hidden_SD, weight_VD.shape[0]):
             grad_CV = _logits(hidden_SD[rows], head)
             softmax_gradient_(grad_CV, targets_S[rows], scale=head.scale, softcap=head.softcap)
-            total.add(rows, hidden_SD[rows], grad_CV, grad_S[rows], head)
-        hidden, weight, bias = total.scaled(grad_S.new_ones(()), head, hidden_SD.dtype)
+            total.add(rows, hidden_SD[rows], grad_CV, head)
+        hidden, weight, bias = _scaled(total.sums(), grad_S.new_ones(()), _types(hidden_SD, head))
         return hidden, None, weight, bias, None, None
 
 
@@ -144,23 +182,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         accumulate = _accumulation_dtype(hidden_SD)
         weights_S = weights_S.to(accumulate)
         loss = hidden_SD.new_zeros((), dtype=accumulate)
-        total = _Gradients(hidden_SD, head, needs)
+        total = _Gradients(hidden_SD, head, needs, -weights_S)
         for rows in _chunks(hidden_SD, head.weight_VD.shape[0]):
             logits_CV = _logits(hidden_SD[rows], head)
             if any(needs):  # the logits become their gradient in place
                 logprob_C = softmax_gradient_(
                     logits_CV, targets_S[rows], scale=head.scale, softcap=head.softcap
                 )
-                total.add(rows, hidden_SD[rows], logits_CV, -weights_S[rows], head)
+                total.add(rows, hidden_SD[rows], logits_CV, head)
             else:
                 logprob_C, _ = logprob_(logits_CV, targets_S[rows], scale=head.scale, softcap=head.softcap)
             loss -= (weights_S[rows] * logprob_C).sum()
-        ctx.total, ctx.head, ctx.hidden_dtype = total, head, hidden_SD.dtype
+        ctx.save_for_backward(*total.sums())  # given back as soon as they are read
+        ctx.types = _types(hidden_SD, head)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = ctx.total.scaled(grads[0], ctx.head, ctx.hidden_dtype)
+        hidden, weight, bias = _scaled(ctx.saved_tensors, grads[0], ctx.types)
         return hidden, None, None, None, weight, bias, None, None
 
 

@@ -7,8 +7,8 @@ backward.
     out = n rotated (see `rope`)                              for q and k; out = y for v
 
 and one rounding at the end. The buffer as the GEMM wrote it is what lies between forward and backward: backward reads
-it again and computes y and rstd anew, which costs the pass that it makes anyway. Where the weights train, each program
-leaves its sums over tokens for every head it has, `[P, H + G, K]`, which are added up afterwards in a fixed order.
+it again and computes y and rstd anew, which costs the pass that it makes anyway. Where the weights train, each
+program leaves its sums over tokens for every head that it has, `[P, H, K]`; they are added up in a fixed order.
 
 Rejected: keeping the normed buffer and dividing by the weights in backward, which is no buffer less and has no answer
 where a weight is 0. Rejected: rstd kept in float32, `[T, H + G]` more for a sum that the pass has in registers.

@@ -1,7 +1,7 @@
 """What is trained: a PEFT LoRA adapter on a frozen model, or the model itself.
 
 Parameters that are trained are float32 whatever the frozen weights are held in: a step of 1e-5 of a weight's size
-is below what bfloat16 can add.
+is below what bfloat16 can add. Full fine-tuning may hold them in bfloat16 where the optimizer rounds stochastically.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import fnmatch
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,18 @@ from safetensors import SafetensorError, safe_open
 from tunesmith.contracts.errors import UserError
 from tunesmith.models.adapter_checks import (
     check_dora,
+    check_excluded,
     check_layers,
+    check_patterns,
+    check_rows,
     check_saved,
     check_start,
     check_targets,
+    ends_in,
     linear_names,
 )
 from tunesmith.models.loftq import start_from_rounding
-from tunesmith.models.vocabulary import widen_for
+from tunesmith.models.vocabulary import embedding_name, widen_for
 
 
 def add_lora(
@@ -65,7 +70,11 @@ def add_lora(
     """
     from peft import LoraConfig, get_peft_model
 
-    check_targets(model, targets)
+    targeted = check_targets(model, targets)
+    check_excluded(options.get("exclude_modules"), targeted)
+    check_patterns("adapter.rank_pattern", rank_pattern or (), targeted)
+    check_patterns("adapter.alpha_pattern", alpha_pattern or (), targeted)
+    check_rows(model, options.get("trainable_token_indices"))
     check_start(model, init_lora_weights)
     check_layers(model, layers_to_transform, targets)
     check_saved(model, modules_to_save)
@@ -88,13 +97,11 @@ def add_lora(
         ensure_weight_tying=bool(modules_to_save) and _is_tied(model),
         **options,
     )
-    with warnings.catch_warnings():
-        # PEFT asks transformers by a name that is on its way out
-        warnings.filterwarnings("ignore", message=".*checkpointing.* is deprecated", category=FutureWarning)
-        try:
+    try:
+        with _renamed():
             adapted = get_peft_model(model, config)
-        except ValueError as error:
-            raise UserError(f"adapter: PEFT cannot put this adapter on the model: {error}") from error
+    except ValueError as error:
+        raise UserError(f"adapter: PEFT cannot put this adapter on the model: {error}") from error
     if init_lora_weights == "loftq":
         start_from_rounding(adapted)
     return _in_float32(adapted)
@@ -116,12 +123,32 @@ def _is_tied(model: Any) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
+@contextmanager
+def _renamed() -> Iterator[None]:
+    """PEFT asks transformers by a name that is on its way out, and a person who reads that can mend nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*checkpointing.* is deprecated", category=FutureWarning)
+        yield
+
+
+def _show_bias(model: Any) -> None:
+    """Have embeddings or a head of which some rows train show the bias of what they stand for.
+
+    PEFT's wrapper shows the weight alone, and who computes the head without calling it (TRL does) asks for both.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "TrainableTokensWrapper":
+            # not as a parameter, which would stand in the state dict twice
+            object.__setattr__(module, "bias", getattr(module.original_module, "bias", None))
+
+
 def _in_float32(model: Any) -> Any:
     """What trains in float32; PEFT widens the adapter alone, not what trains whole beside it.
 
     Trained embeddings give hidden states of their own type, and a trained head takes none but its own: both are
     brought together with the type of the frozen layers, which without autocast would not compute.
     """
+    _show_bias(model)
     base = model.get_base_model()
     compute = next(
         (p.dtype for p in base.parameters() if not p.requires_grad and p.is_floating_point()), None
@@ -155,8 +182,9 @@ def load_lora(model: Any, path: str) -> Any:
                 hint="Give the folder of an adapter saved by PEFT as safetensors.",
             )
     try:
-        widen_for(model, _rows_in(folder))
-        loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        widen_for(model, _rows_in(folder, embedding_name(model)))
+        with _renamed():
+            loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except SafetensorError as error:
         raise UserError(
             f"adapter.path: the weights of the adapter in {folder} are damaged: {error}."
@@ -165,6 +193,8 @@ def load_lora(model: Any, path: str) -> Any:
         raise UserError(
             f"adapter.path: {folder / 'adapter_config.json'} is not an adapter's: {error}."
         ) from error
+    except torch.OutOfMemoryError:  # no fault of the adapter
+        raise
     except (RuntimeError, ValueError) as error:
         lines = [line.strip() for line in str(error).strip().splitlines()]
         reason = lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
@@ -176,10 +206,10 @@ def load_lora(model: Any, path: str) -> Any:
     return _in_float32(loaded)
 
 
-def _rows_in(folder: Path) -> int:
+def _rows_in(folder: Path, embeddings: str) -> int:
     """Rows that the embeddings need for an adapter: those of its files, and those of the tokens that it trained."""
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        names = [name for name in file.keys() if name.endswith("embed_tokens.weight")]  # noqa: SIM118
+        names = [name for name in file.keys() if ends_in(name, f"{embeddings}.weight")]  # noqa: SIM118
         rows: list[int] = [file.get_slice(name).get_shape()[0] for name in names]
     trained = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get(
         "trainable_token_indices"
@@ -205,13 +235,19 @@ def _check_complete(model: Any, folder: Path) -> None:
         )
 
 
-def train_all(model: Any, frozen: Sequence[str], frozen_dtype: torch.dtype = torch.float32) -> Any:
-    """Make every parameter of `model` trainable in float32, but for those that match a glob pattern.
+def train_all(
+    model: Any,
+    frozen: Sequence[str],
+    frozen_dtype: torch.dtype = torch.float32,
+    trained_dtype: torch.dtype = torch.float32,
+) -> Any:
+    """Make every parameter of `model` trainable, but for those that match a glob pattern.
 
     Args:
-        model: loaded in float32, so that training starts from the checkpoint's own values.
+        model: loaded in `trained_dtype`, so that training starts from the checkpoint's own values.
         frozen: glob patterns of parameter names.
         frozen_dtype: type in which what does not train is held.
+        trained_dtype: type in which the rest is; bfloat16 needs an optimizer that rounds stochastically.
 
     Raises:
         UserError: a pattern matches no parameter, or nothing is left to train.
@@ -226,7 +262,7 @@ def train_all(model: Any, frozen: Sequence[str], frozen_dtype: torch.dtype = tor
     for name, parameter in model.named_parameters():
         trained = not any(fnmatch.fnmatchcase(name, pattern) for pattern in frozen)
         parameter.requires_grad_(trained)
-        parameter.data = parameter.data.to(torch.float32 if trained else frozen_dtype)
+        parameter.data = parameter.data.to(trained_dtype if trained else frozen_dtype)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("model.freeze leaves no parameter to train.")
     return model

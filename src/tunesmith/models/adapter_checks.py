@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from tunesmith.contracts.errors import UserError
 
@@ -44,17 +45,19 @@ def _near(name: str, known: Sequence[str]) -> str:
     return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}."
 
 
-def check_targets(model: nn.Module, targets: str | Sequence[str]) -> None:
-    """Refuse targets that match no linear layer, or the head.
+def check_targets(model: nn.Module, targets: str | Sequence[str]) -> set[str]:
+    """The names of the layers that targets match; refuses those that match no linear layer, or the head.
 
     Raises:
         UserError: with the nearest name.
     """
-    if targets == "all-linear":
-        return
+    head = _head(model)
+    if targets == "all-linear":  # GPT-2 has its linear layers as Conv1D
+        kinds = (nn.Linear, Conv1D)
+        return {name for name, m in model.named_modules() if isinstance(m, kinds) and m is not head}
     modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if isinstance(targets, str):
-        matched = _matching(targets, modules)
+        matched = _matching(targets, modules, "adapter.targets")
     else:
         matched = set()
         for target in targets:
@@ -65,27 +68,85 @@ def check_targets(model: nn.Module, targets: str | Sequence[str]) -> None:
                     hint=_near(target, linear_names(model)),
                 )
             matched |= found
-    head = _head(model)
     for name in matched:
         if modules[name] is head:
             raise UserError(
                 f"adapter.targets: {name} is the language-model head, which an adapter cannot be put on.",
                 hint="Leave it out; modules_to_save trains it whole.",
             )
+    return matched
 
 
-def _matching(pattern: str, modules: dict[str, nn.Linear]) -> set[str]:
+def check_patterns(setting: str, patterns: Iterable[str], targeted: set[str]) -> None:
+    """Refuse a rank or alpha for layers that get no adapter; PEFT would pass over it.
+
+    Args:
+        setting: named in the message.
+        patterns: name endings or regular expressions, as PEFT matches them.
+        targeted: names of the layers that get an adapter.
+
+    Raises:
+        UserError: with the nearest name.
+    """
+    for pattern in patterns:
+        try:
+            found = any(re.match(rf"(.*\.)?({pattern})$", name) for name in targeted)
+        except re.error as error:
+            raise UserError(f"{setting}: {pattern!r} is not a regular expression: {error}.") from error
+        if not found:
+            raise UserError(
+                f"{setting}: no layer that gets an adapter is called {pattern!r}.",
+                hint=_near(pattern, sorted({name.rsplit(".", 1)[-1] for name in targeted})),
+            )
+
+
+def check_excluded(excluded: str | Sequence[str] | None, targeted: set[str]) -> None:
+    """Refuse layers to leave out that would get no adapter anyway, or that leave none.
+
+    Raises:
+        UserError: with the nearest name.
+    """
+    if isinstance(excluded, str):  # an expression that whole names match, as with targets
+        _matching(excluded, targeted, "adapter.exclude_modules")
+    for ending in () if isinstance(excluded, str) else excluded or ():
+        if not any(ends_in(name, ending) for name in targeted):
+            raise UserError(
+                f"adapter.exclude_modules: no layer that would get an adapter is called {ending!r}.",
+                hint=_near(ending, sorted({name.rsplit(".", 1)[-1] for name in targeted})),
+            )
+
+
+def check_rows(model: Any, indices: Any) -> None:
+    """Refuse ids of tokens that the embeddings have no row for.
+
+    Args:
+        indices: PEFT's `trainable_token_indices`: ids, or a dict of them.
+
+    Raises:
+        UserError: with how many rows there are.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    for ids in indices.values() if isinstance(indices, Mapping) else [indices or ()]:
+        wrong = [number for number in ids if not 0 <= number < rows]
+        if wrong:
+            raise UserError(
+                f"adapter.trainable_token_indices: there is no token {wrong[0]}.",
+                hint=f"The embeddings have rows 0 to {rows - 1}.",
+            )
+
+
+def _matching(pattern: str, names: Collection[str], setting: str) -> set[str]:
     try:
-        matched = {name for name in modules if re.fullmatch(pattern, name)}
+        matched = {name for name in names if re.fullmatch(pattern, name)}
     except re.error as error:
         raise UserError(
-            f"adapter.targets: {pattern!r} is not a regular expression: {error}.",
+            f"{setting}: {pattern!r} is not a regular expression: {error}.",
             hint="Write all-linear, a list of name endings, or an expression that whole names match.",
         ) from error
     if not matched:
         raise UserError(
-            f"adapter.targets: no linear layer's whole name matches the regular expression {pattern!r}.",
-            hint=f"Names are like {next(iter(modules), '')!r}: begin with `.*`, or give a list of name endings.",
+            f"{setting}: no linear layer's whole name matches the regular expression {pattern!r}.",
+            hint=f"Names are like {next(iter(names), '')!r}: begin with `.*`, or give a list of name endings.",
         )
     return matched
 
@@ -165,7 +226,11 @@ def check_saved(model: nn.Module, names: Sequence[str]) -> None:
     Raises:
         UserError: with the nearest name.
     """
-    endings = {name.rsplit(".", 1)[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters()}
+    endings = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if name and any(True for _ in module.parameters(recurse=False))
+    }
     for wanted in names:
         if not any(ends_in(name, wanted) for name, _ in model.named_modules()):
             raise UserError(

@@ -54,4 +54,8 @@ def attach(model: Any, *, policy: str = "keep", fused: bool | None = None) -> At
     # 16 bits whatever the weights: under autocast float32 weights attend in 16 bits, and float32 falls to sdpa
     attention = choose_attention("auto", device, torch.bfloat16)
     door = open_door(model, attention=attention)  # first: it watches the stock layers attend
-    return Attached(install(model, policy=policy) if wanted else None, door)
+    try:
+        return Attached(install(model, policy=policy) if wanted else None, door)
+    except BaseException:
+        door.undo()
+        raise

@@ -15,9 +15,10 @@ gradient); norms and activations kept, or whole layers recomputed (what is kept 
 
 The adapter's contribution is never merged into rounded weights: for q, k, v, gate and up it is added in float32,
 for the output and down projections onto the residual stream. The contract of the node:
-parameters that train are its inputs and their gradients are returned, never written to `.grad`, so DDP and FSDP2
-see them; weights are read from the modules again in backward, so engines may have freed them in between; gate and
-up are overwritten in backward, and a second backward through the same graph is refused.
+parameters that train, adapters, weights and norms alike, are its inputs and their gradients are returned, never
+written to `.grad`, so DDP and FSDP2 see them; weights are read from the modules again in backward, so engines may
+have freed them in between; gate and up are overwritten in backward, and a second backward through the same graph is
+refused.
 
 Shape suffixes: T tokens, D hidden size, N columns of qkv, I intermediate size, Q ranks of a group's projections.
 """
@@ -236,13 +237,13 @@ def _attention_backward(
         call.shape.heads, call.documents, scores=call.shape.scores, room=beside(groups.qkv),
     )  # fmt: skip
     layer_qkv.gradient_(call, grad_qkv_TN, stash, operands.qkv, found)
-    grad_u = grad_b = None
+    grad_u_qkv = grad_b_qkv = None
     if operands.qkv is not None:
-        grad_u, grad_b = output_gradients(grad_qkv_TN, groups.qkv, operands.qkv, small["u_qkv"])
-    grad_normed_TD = input_gradient(weights, "qkv", groups.qkv, operands.qkv, grad_qkv_TN, grad_u)
+        grad_u_qkv, grad_b_qkv = output_gradients(grad_qkv_TN, groups.qkv, operands.qkv, small["u_qkv"])
+    grad_normed_TD = input_gradient(weights, "qkv", groups.qkv, operands.qkv, grad_qkv_TN, grad_u_qkv)
     own_TN = grad_qkv_TN if groups.qkv.trains else None
     del grad_qkv_TN
-    reader = Reader("qkv", groups.qkv, operands.qkv, own_TN, grad_u, grad_b)
+    reader = Reader("qkv", groups.qkv, operands.qkv, own_TN, grad_u_qkv, grad_b_qkv)
     return layer_norms.through_before(
         call, 0, grad_normed_TD, hidden_TD, stash, grad_stream_TD, reader, found
     )

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -92,30 +94,40 @@ def _find_backbone(model: Any) -> Any:
     return backbone
 
 
-def _stand_before(backbone: Any, stock: Callable[..., Any], door: Door) -> None:
+_Lock = AbstractContextManager[Any]
+
+
+def _alone(lock: _Lock) -> _Lock:
+    """One thread at a time: the name in the config that says how to attend is the same for all of them."""
+    return nullcontext() if torch.compiler.is_compiling() else lock  # a lock cannot be compiled
+
+
+def _stand_before(backbone: Any, stock: Callable[..., Any], door: Door, lock: _Lock) -> None:
     names = tuple(inspect.signature(backbone.forward).parameters)
     registered = ATTENTION[door.attention][0]
 
     @functools.wraps(stock)  # whoever asks for the backbone's arguments finds its own
     def enter(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("document_lengths") is not None:  # a packed row already
-            with attending(self.config, registered):
+            with _alone(lock), attending(self.config, registered):
                 return stock(self, *args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
         try:
             layout = layout_of(self, given)
         except NotPackableError as error:
             door.stock[str(error)] += 1
-            return stock(self, *args, **kwargs)
+            with _alone(lock):
+                return stock(self, *args, **kwargs)
         door.packed += 1
         door.tokens += layout.tokens
         door.padding += layout.shape[0] * layout.shape[1] - layout.tokens
-        return run_packed(stock, self, given, layout, attention=registered, restart=door.restart)
+        with _alone(lock):
+            return run_packed(stock, self, given, layout, attention=registered, restart=door.restart)
 
     override(backbone, "forward", enter, door._undo)
 
 
-def _attend_packed(module: Any, door: Door) -> None:
+def _attend_packed(module: Any, door: Door, lock: _Lock) -> None:
     """Have an attention module switch its config for the length of each call that has document boundaries.
 
     The door switches it as well, for the masks that the backbone builds. But a layer that is recomputed runs again
@@ -126,7 +138,7 @@ def _attend_packed(module: Any, door: Door) -> None:
     def attend(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("document_lengths") is None:
             return stock(self, *args, **kwargs)
-        with attending(self.config, registered):
+        with _alone(lock), attending(self.config, registered):
             return stock(self, *args, **kwargs)
 
     override(module, "forward", attend, door._undo)
@@ -158,7 +170,8 @@ def open_door(model: Any, *, attention: str) -> Door:
         return door
     register_attention()
     door.restart = proof.restart
+    lock = threading.RLock()  # not in the door, which a deep copy of the model may copy
     for module in proof.modules:
-        _attend_packed(module, door)
-    _stand_before(backbone, stock, door)
+        _attend_packed(module, door, lock)
+    _stand_before(backbone, stock, door, lock)
     return door

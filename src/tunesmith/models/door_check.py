@@ -9,7 +9,8 @@ Shape suffixes: B rows, T columns, N real tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,14 @@ class _Watch:
     """
 
     modules: dict[int, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """Behind the block it remembers nobody."""
+        try:
+            yield
+        finally:
+            self.modules.clear()
 
     def mask(
         self,
@@ -119,7 +128,8 @@ def prove(backbone: Any, stock: Callable[..., Any]) -> Proof:
     # what trains in float32 on a model in 16 bits needs the trainer's autocast to run at all
     autocast = torch.autocast(device.type, half, enabled=half is not None and torch.float32 in dtypes)
     differences = []
-    with evaluating(backbone), autocast:
+    # the registry outlives the model, so the watch must not hold on to its modules
+    with evaluating(backbone), autocast, watch.forgetting():
         expected = stock(backbone, **given, use_cache=False).last_hidden_state
         for restart in (False, True):
             output = run_packed(stock, backbone, given, layout, attention=_WATCHED, restart=restart)

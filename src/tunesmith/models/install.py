@@ -314,8 +314,12 @@ def override(owner: Any, name: str, function: Callable[..., Any], undo: list[Cal
     if name in vars(owner):
         undo.append(partial(setattr, owner, name, vars(owner)[name]))
     else:
-        undo.append(partial(vars(owner).pop, name, None))
+        undo.append(partial(_drop, owner, name))  # of the owner: a deep copy undoes its own
     setattr(owner, name, MethodType(function, owner))
+
+
+def _drop(owner: Any, name: str) -> None:
+    vars(owner).pop(name, None)
 
 
 def _take_over_checkpointing(base: Any, installed: Installed) -> None:

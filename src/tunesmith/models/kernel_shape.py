@@ -39,6 +39,7 @@ def kernel_shape(installed: Installed, *, rank: int, nf4: bool) -> ModelShape:
         interleaved=row.interleaved,
         spread=row.paired_tables,
         residual_multiplier=shape.residual_multiplier,
+        norms_train=_norms_train(installed),
     )
     return ModelShape(
         width=config.hidden_size,
@@ -50,6 +51,14 @@ def kernel_shape(installed: Installed, *, rank: int, nf4: bool) -> ModelShape:
         scores=tuple(dict.fromkeys(other.scores for other in shapes)),
         traits=traits,
     )
+
+
+def _norms_train(installed: Installed) -> bool:
+    row = installed.row
+    assert row is not None
+    paths = [path for path in (*row.norms, *(row.qk_norms or ())) if path is not None]
+    modules = (layer.get_submodule(path) for layer in installed.layers for path in paths)
+    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
 
 def _rotary_dim(backbone: Any, size: int) -> int | None:

@@ -124,8 +124,8 @@ def through_before(
 
     The adapters' part of `grad_normed_TD` is added here where they have dropout. ∂A needs the normed rows h · r · w
     (r the reciprocal root mean squares) but not their memory: ∂uᵀ(h r w) = ((∂u r)ᵀ h) w. In float16 ∂u · r would
-    leave the range, and there, as with layer norms and where weights train, the rows come out of the norm's own
-    backward kernel.
+    leave the range, and there, as with layer norms, the rows come out of the norm's own backward kernel. So they do
+    for ∂W.
     """
     norm, group = call.norms[2 * block], reader.group
     grad_a = _early_a_gradient(call, block, grad_normed_TD, hidden_TD, stash, reader)
@@ -160,7 +160,7 @@ def _early_a_gradient(
     stash: Stash,
     reader: Reader,
 ) -> Tensor | None:
-    """∂A where it does without the rows of the norm's backward kernel; adds the part of adapters with dropout to ∂x."""
+    """∂A where it does without the rows of the norm's backward kernel, else None; completes ∂x under dropout."""
     norm, shape, group = call.norms[2 * block], call.shape, reader.group
     if reader.operands is not None:
         grad_u_TQ = reader.grad_u_TQ

@@ -5,10 +5,10 @@ With ∂y the gradient of what a group of projections wrote and x the rows that 
     ∂W = ∂yᵀ x        ∂b = Σ_t ∂y_t
 
 One GEMM serves all weights of a group, as one does forward. Each gradient is the rows of its weight in that product,
-a contiguous view, which autograd takes as `.grad` without a copy (`AccumulateGrad` takes what nobody else refers to and
-what is laid out as its parameter). x is never kept for it: the norm's backward kernel writes its rows again, the
-activation's kernel the activation, and the output of attention is there. Rejected: ∂W = ((∂y r)ᵀ h) w, which spares the
-rows but rounds ∂y r to 16 bits where the product over tokens is longest.
+a contiguous view, which autograd takes as `.grad` without a copy: `AccumulateGrad` does so with whatever nobody else
+refers to and is laid out like its parameter. x is never kept for it: the norm's backward kernel writes its rows
+again, the activation's kernel the activation, and the output of attention is there. Rejected: ∂W = ((∂y r)ᵀ h) w,
+which spares the rows and makes a copy of ∂y instead, rounded once more.
 
 Shape suffixes: T tokens, D hidden size, N output columns, K input columns.
 """

@@ -50,7 +50,7 @@ def _local_or_hub(name: str) -> str:
                 f"model.name: the folder {path} holds no config.json, so it is not a Hugging Face model.",
                 hint="A LoRA adapter goes to adapter.path."
                 if (path / "adapter_config.json").is_file()
-                else None,
+                else _inside(path),
             )
         return str(path)
     if path.is_file():
@@ -65,6 +65,12 @@ def _local_or_hub(name: str) -> str:
         )
     offline_if_unreachable()
     return name
+
+
+def _inside(folder: Path) -> str | None:
+    """A hint at a model or an adapter one folder further down, as a run leaves them."""
+    found = [file.parent for kind in ("", "adapter_") for file in sorted(folder.glob(f"*/{kind}config.json"))]
+    return f"Did you mean {found[0]}?" if found else None
 
 
 def _explain(name: str, error: Exception) -> UserError:
@@ -268,6 +274,23 @@ def load_model(
     return model
 
 
+def load_skeleton(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model of `load_model` without weights, on the meta device: names, shapes and ties of its parameters.
+
+    Raises:
+        UserError: as `load_model`, as far as its config tells.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where = _local_or_hub(name)
+    try:
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except _LOAD_ERRORS as error:
+        raise _explain(name, error) from error
+
+
 class AdapterSource(NamedTuple):
     """Where an adapter lies, and the model that it was trained on."""
 
@@ -289,6 +312,8 @@ def find_adapter(name: str, *, revision: str | None = None, token: str | None = 
     from transformers.utils.peft_utils import find_adapter_config_file
 
     local = Path(name).expanduser()
+    if not local.is_dir():
+        offline_if_unreachable()
     try:
         found = find_adapter_config_file(
             str(local) if local.is_dir() else name, revision=revision, token=token

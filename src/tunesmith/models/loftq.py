@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tunesmith.contracts.errors import UserError
-from tunesmith.models.projections import write_weight
+from tunesmith.models.base_weight import base_weight
 
 
 @torch.no_grad()
@@ -27,34 +27,42 @@ def start_from_rounding(model: Any) -> None:
     Raises:
         UserError: the checkpoint's own weights are not at hand, or are in 4 bits themselves.
     """
-    weights = _Weights(model.get_base_model().name_or_path)
-    for name, module in model.get_base_model().named_modules():
+    loaded = model.get_base_model()
+    weights = _Weights(loaded.name_or_path, getattr(loaded.config, "_commit_hash", None))
+    for name, module in loaded.named_modules():
         if not hasattr(module, "lora_B") or type(module.base_layer).__name__ != "Linear4bit":
             continue
-        base = module.base_layer
-        held_NK = torch.empty(
-            base.out_features, base.in_features, dtype=torch.float32, device=base.weight.device
-        )
-        write_weight(base, held_NK)
+        held_NK = base_weight(module.base_layer)
         lost_NK = weights.read(f"{name}.weight", held_NK.shape).to(held_NK) - held_NK
         u, s, v = torch.linalg.svd(lost_NK, full_matrices=False)
         for adapter, b in module.lora_B.items():
-            rank, scaling = module.r[adapter], module.scaling[adapter]
+            rank, scaling = min(module.r[adapter], len(s)), module.scaling[adapter]
             root = s[:rank].sqrt()
             module.lora_A[adapter].weight[:rank].copy_(root[:, None] * v[:rank])
             b.weight[:, :rank].copy_(u[:, :rank] * root / scaling)
+            if (
+                adapter in module.lora_magnitude_vector
+            ):  # DoRA: PEFT took the lengths of rows from W as it is held
+                lengths_N = module.lora_magnitude_vector[adapter].weight
+                lengths_N.copy_(torch.linalg.norm(held_NK + lost_NK, dim=1))
 
 
 class _Weights:
-    """The tensors of a checkpoint in safetensors, by name."""
+    """The tensors of a checkpoint in safetensors, by name.
 
-    def __init__(self, source: str) -> None:
+    Args:
+        source: a folder or an id on the hub.
+        commit: of the hub, whose weights were loaded; those of another one would make up for another rounding.
+    """
+
+    def __init__(self, source: str, commit: str | None) -> None:
         from transformers.utils.hub import cached_file
 
         self._source = source
         local = Path(source).expanduser()
         where = str(local) if local.is_dir() else source
         quiet: dict[str, Any] = {
+            "revision": commit,
             "_raise_exceptions_for_missing_entries": False,
             "_raise_exceptions_for_connection_errors": False,
         }

@@ -1,8 +1,10 @@
-"""How many bytes a token of this model keeps between forward and backward: measured, not guessed.
+"""How many bytes a token of this model keeps between forward and backward: measured, not guessed; and what training
+takes however many tokens there are.
 
-One forward pass over a short row, with autograd's own hooks counting what it saves. The count is exact for
-everything that grows with the number of tokens, on every architecture, and takes a fraction of a second. Fused layers
-are counted once under each policy; what a backward pass needs for a moment beside it is worked out from the counts.
+Forward passes over a short row and one twice as long, with autograd's own hooks counting what they save. The
+difference is exact for everything that grows with the number of tokens, on every architecture, and takes a fraction
+of a second; weights that autocast has cast are in both. Fused layers are counted under each policy; what a backward
+pass needs for a moment beside it is worked out from the counts.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from tunesmith.models.head import CausalModel
 from tunesmith.models.install import Installed
 from tunesmith.models.offload import IN_FLIGHT, Offloader
 from tunesmith.models.policy import POLICIES
-from tunesmith.planning.fit import PolicyCost, layer_costs
+from tunesmith.planning.fit import PolicyCost, layer_costs, training_bytes
 
 PROBE_TOKENS = 64
 
@@ -41,10 +43,16 @@ def probe_batch(lengths: tuple[int, ...]) -> TokenBatch:
 
 
 def saved_bytes_per_token(causal: CausalModel, autocast: torch.autocast) -> float:
-    """Bytes that autograd keeps per token of a row, parameters not counted.
+    """Bytes that autograd keeps per token of a row, parameters and what is cast of them not counted.
 
-    Runs the backbone once; leaves gradients, random state and module state as they were.
+    Runs the backbone twice; leaves gradients, random state and module state as they were.
     """
+    short, long = (_saved_bytes(causal, autocast, tokens) for tokens in (PROBE_TOKENS, 2 * PROBE_TOKENS))
+    return (long - short) / PROBE_TOKENS
+
+
+def _saved_bytes(causal: CausalModel, autocast: torch.autocast, tokens: int) -> int:
+    """Bytes that autograd keeps of a row, parameters not counted."""
     held: dict[int, int] = {}
     parameters = {p.untyped_storage().data_ptr() for p in causal.model.parameters()}
 
@@ -62,10 +70,45 @@ def saved_bytes_per_token(causal: CausalModel, autocast: torch.autocast) -> floa
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
         autocast,
     ):
-        hidden_TD = causal.hidden(probe_batch((PROBE_TOKENS,)).to(causal.device))
+        hidden_TD = causal.hidden(probe_batch((tokens,)).to(causal.device))
     if not hidden_TD.requires_grad:  # only the head is trained
-        return 0.0
-    return sum(held.values()) / PROBE_TOKENS
+        return 0
+    return sum(held.values())
+
+
+def fixed_bytes(causal: CausalModel, optimizer: str, installed: Installed | None = None) -> int:
+    """Bytes that training takes beside weights and activations: gradients, the optimizer's state, and what a pass
+    needs for a moment of the head or of a layer.
+
+    Args:
+        optimizer: a name of `OPTIMIZERS`.
+        installed: the fused layers, which cast weights for one layer at a time; stock layers hold all that is cast.
+    """
+    compute, head = causal.compute_dtype, causal.base.get_output_embeddings()
+    trained = [p for p in causal.model.parameters() if p.requires_grad]
+    layers = [] if installed is None else installed.layers
+    fused = {id(p) for layer in layers for p in layer.parameters()}
+    cast = sum(_cast_bytes(p, compute) for p in trained if id(p) not in fused)
+    head_weights = [p for p in head.parameters() if p.requires_grad and p.ndim == 2]
+    return cast + training_bytes(
+        trained=sum(p.numel() for p in trained),
+        gradient_bytes=sum(p.nbytes for p in trained),
+        optimizer=optimizer,
+        head_bytes=sum(p.numel() * (4 + compute.itemsize) for p in head_weights),
+        layer_bytes=max((_layer_bytes(layer, compute) for layer in layers), default=0),
+    )
+
+
+def _cast_bytes(parameter: Tensor, compute: torch.dtype) -> int:
+    """Of a matrix in the type that products are in, 0 where it is in that type already."""
+    matrix = parameter.ndim == 2 and parameter.dtype != compute
+    return parameter.numel() * compute.itemsize if matrix else 0
+
+
+def _layer_bytes(layer: Any, compute: torch.dtype) -> int:
+    """Of a fused layer's new gradients and of its weights as it casts them."""
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    return sum(p.nbytes + _cast_bytes(p, compute) for p in trained)
 
 
 def policy_costs(

@@ -1,9 +1,9 @@
-"""Reads what a linear layer is at this moment: base weight, bias, what of them trains, and the adapters that are active.
+"""Reads what a linear layer is at this moment: base weight and bias, whether they train, and its active adapters.
 
 PEFT's state may change between two calls (another adapter active, adapters disabled, merged, added), and so may what
-trains, so nothing is remembered: `read_projection` looks at every call. What it returns refers to modules, not to tensors, and the
-tensors are fetched at the moment of use: FSDP2 and ZeRO-3 free them after forward and gather them again before
-backward.
+trains, so nothing is remembered: `read_projection` looks at every call. What it returns refers to modules, not to
+tensors, and the tensors are fetched at the moment of use: FSDP2 and ZeRO-3 free them after forward and gather them
+again before backward.
 
 Shape suffixes: N output columns, K input columns, R rank, P projections of a group.
 """

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tunesmith.contracts.errors import UserError
+from tunesmith.models.adapter_checks import ends_in
 
 
 def extend_tokenizer(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
@@ -53,17 +54,30 @@ def resize(model: Any, tokenizer: Any, new: Sequence[int]) -> None:
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = {id(module.weight): module.weight for module in modules if module is not None}
     for weight in weights.values():
-        weight[list(new)] = weight[: min(new)].float().mean(dim=0).to(weight.dtype)
+        weight[list(new)] = weight[: min(new)].mean(dim=0, dtype=torch.float32).to(weight.dtype)
 
 
-def trainable_rows(model: Any, ids: Sequence[int]) -> dict[str, list[int]] | None:
-    """PEFT's `trainable_token_indices` for the rows of some tokens, in embeddings and head; None for no tokens."""
-    if not ids:
-        return None
+def embedding_name(model: Any) -> str:
+    """The last part of the name of a model's embeddings: `embed_tokens`, in GPT-2 `wte`."""
+    embeddings = model.get_input_embeddings()
+    path: str = next(name for name, module in model.named_modules() if module is embeddings)
+    return path.rsplit(".", 1)[-1]
+
+
+def trainable_rows(model: Any, ids: Sequence[int], whole: Sequence[str] = ()) -> dict[str, list[int]] | None:
+    """PEFT's `trainable_token_indices` for the rows of some tokens, in embeddings and head; None for no rows.
+
+    Args:
+        whole: name endings of modules that train whole beside the adapter, whose rows train anyway.
+    """
     wanted = [model.get_input_embeddings(), model.get_output_embeddings()]
-    names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
+    names = {id(module): name for name, module in model.named_modules()}
     tied = wanted[1] is not None and wanted[1].weight is wanted[0].weight
-    return {names[id(module)]: list(ids) for module in wanted[: 1 if tied else 2] if module is not None}
+    found = [names[id(module)] for module in wanted if module is not None]
+    rest = [name for name in found if not any(ends_in(name, ending) for ending in whole)]
+    if not ids or not rest or (tied and rest != found):
+        return None
+    return {name.rsplit(".", 1)[-1]: list(ids) for name in rest[: 1 if tied else 2]}
 
 
 def widen_for(model: Any, rows: int) -> None:

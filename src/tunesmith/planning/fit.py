@@ -23,6 +23,51 @@ STOCK_POLICIES = ("keep", "recompute")
 """The policies that every decoder layer has, fastest first; the others are the fused layer's own."""
 
 
+STATE_BYTES = {
+    "adamw": 8.0,
+    "adamw_8bit": 2.0 + 2 * 4 / 256,
+    "paged_adamw_8bit": 2.0 + 2 * 4 / 256,
+    "lion_8bit": 1.0 + 4 / 256,
+    "adafactor": 0.0,
+    "sgd": 4.0,
+}
+"""Bytes of an optimizer's state for each trained parameter: moments in float32, or in 8 bits with a float32 scale for
+256 of them; Adafactor's rows and columns are too few to count."""
+
+
+ROUNDING = ("adamw", "adamw_8bit")
+"""Optimizers that round weights in bfloat16 stochastically, so that they can be trained as such."""
+
+
+def training_bytes(
+    *, trained: int, gradient_bytes: int, optimizer: str, head_bytes: int = 0, layer_bytes: int = 0
+) -> int:
+    """Bytes that training takes beside weights and activations, whatever the number of tokens.
+
+    Args:
+        trained: number of trained parameters.
+        gradient_bytes: of their gradients.
+        optimizer: a name of `STATE_BYTES`.
+        head_bytes: of a head that trains: its gradient as it is summed, and as it is handed on.
+        layer_bytes: of the layer that takes most: its new gradients before they are added to those that are there,
+            and its weights cast for the products. Never at the same moment as the head's.
+    """
+    return int(gradient_bytes + STATE_BYTES[optimizer] * trained) + max(head_bytes, layer_bytes)
+
+
+def fits_in_float32(*, trained: int, frozen_bytes: int, optimizer: str, device_bytes: int) -> bool:
+    """Whether a device holds float32 weights, their gradients and the optimizer's state with room for activations.
+
+    Args:
+        trained: number of trained parameters.
+        frozen_bytes: of those that are not.
+        optimizer: a name of `STATE_BYTES`.
+        device_bytes: memory of the device.
+    """
+    taken = 4 * trained + training_bytes(trained=trained, gradient_bytes=4 * trained, optimizer=optimizer)
+    return taken + frozen_bytes <= USABLE * device_bytes
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyCost:
     """What a token takes under one policy.

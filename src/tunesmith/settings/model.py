@@ -33,7 +33,9 @@ class ModelSettings(Section):
     they are (`none`)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute type. `auto`: bfloat16 on a GPU that has it, float16 on an older one, float32 on CPU.
-    Parameters that are trained are held in float32 whatever this says."""
+    Parameters that are trained are held in float32 whatever this says, but for full fine-tuning with `adamw` or
+    `adamw_8bit`, which round stochastically: there `bfloat16` holds the weights in bfloat16 as well, and `auto` does
+    on a GPU where float32 would not fit."""
     attention: Literal["auto", "sdpa", "varlen"] = "auto"
     """Attention over packed documents: torch's variable-length FlashAttention (`varlen`, GPU with
     bfloat16 or float16), one exact SDPA call per document (`sdpa`), or the first that fits (`auto`)."""

@@ -58,7 +58,9 @@ class TrainSettings(Section):
     warmup: float = Field(default=0.03, ge=0)
     """Linear warm-up: a fraction of all steps below 1, a number of steps from 1 on."""
     optimizer: OptimizerName = "adamw"
-    """The optimizer; the 8-bit ones are bitsandbytes'."""
+    """The optimizer. `adamw_8bit` holds its moments in 8 bits, about 2 bytes a parameter in place of 8; `adamw` and
+    `adamw_8bit` train weights in bfloat16 too, rounded stochastically. `paged_adamw_8bit` and `lion_8bit` are
+    bitsandbytes'."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay; not applied to biases and norm weights."""
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
