@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import TrainingArguments
 from trl import SFTConfig
 
@@ -120,6 +121,14 @@ def test_other_mistakes(tiny_model_dir: Path, tmp_path: Path) -> None:
     model, tokenizer = FastLanguageModel.from_pretrained(str(tiny_model_dir), load_in_4bit=False, quiet=True)
     with pytest.raises(UserError, match="nothing of this model trains"):
         SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=rows(), args=plain(tmp_path))
+    with pytest.raises(UserError, match="puts on with peft_config gets no fused layers"):
+        SFTTrainer(
+            model=model,
+            tokenizer=tokenizer,
+            train_dataset=rows(),
+            args=plain(tmp_path),
+            peft_config=LoraConfig(),
+        )
     with pytest.raises(UserError, match="takes a model, and 'some/name' is a name"):
         SFTTrainer(model="some/name", train_dataset=rows())
     with pytest.raises(

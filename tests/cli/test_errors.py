@@ -334,7 +334,7 @@ def test_errors_of_the_machine_and_of_ours(
     assert "Traceback" not in text
 
 
-@pytest.mark.parametrize("where", ["load_model", "load_tokenizer", "prepare_data"])
+@pytest.mark.parametrize("where", ["make_model", "load_tokenizer", "prepare_data"])
 def test_ctrl_c_while_a_run_is_prepared(call, run_file, monkeypatch, where: str) -> None:
     monkeypatch.setattr(assemble_module, where, fails(KeyboardInterrupt()))
     assert call("train", run_file()) == (130, "", "error: interrupted\n")
@@ -345,7 +345,7 @@ def test_ctrl_c_while_a_run_is_prepared(call, run_file, monkeypatch, where: str)
 
 @pytest.mark.parametrize("place", ["before", "behind"])
 def test_debug_lets_the_traceback_through(run_file, monkeypatch, place: str) -> None:
-    monkeypatch.setattr(assemble_module, "load_model", fails(ZeroDivisionError("ours")))
+    monkeypatch.setattr(assemble_module, "make_model", fails(ZeroDivisionError("ours")))
     words = ["train", str(run_file())]
     with pytest.raises(ZeroDivisionError, match="ours"):
         main.run(["--debug", *words] if place == "before" else [*words, "--debug"])

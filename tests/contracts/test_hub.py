@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,12 +13,10 @@ from tunesmith.contracts import hub
 
 
 @pytest.fixture(autouse=True)
-def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "getproxies", dict)
-    hub._reachable.cache_clear()
-    yield
-    hub._reachable.cache_clear()
+    monkeypatch.setattr(hub, "_known", hub._Known())
 
 
 def closed_port() -> int:
@@ -45,6 +42,16 @@ def test_a_hub_that_answers_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         assert not hub.offline_if_unreachable()
     assert not hub.offline_if_unreachable(), "it is remembered"
+    assert constants.HF_HUB_OFFLINE is False
+
+
+def test_with_its_network_the_client_is_online_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [False, True]
+    monkeypatch.setattr(hub, "_reachable", lambda _endpoint: answers.pop(0))
+    assert hub.offline_if_unreachable()
+    assert hub.offline_if_unreachable(), "a minute has not passed"
+    hub._known.at -= hub._KNOWN_FOR + 1
+    assert not hub.offline_if_unreachable()
     assert constants.HF_HUB_OFFLINE is False
 
 

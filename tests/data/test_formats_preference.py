@@ -236,6 +236,9 @@ ULTRA = {
     [
         (SHP, "compared", 5.0),
         ({**SHP, "human_ref_A": "bad", "human_ref_B": "good", "labels": 0}, "compared", -5.0),
+        ({**SHP, "labels": True}, "compared", 5.0),
+        ({"prompt": "Q", "first": "good", "second": "bad", "better": 0}, "compared", None),
+        ({"prompt": "Q", "first": "bad", "second": "good", "first_is_better": 0}, "compared", None),
         # PKU-SafeRLHF: the number of the better one
         ({"prompt": "Q", "response_0": "good", "response_1": "bad", "better_response_id": 0}, "compared", None),
         ({"prompt": "Q", "response_0": "bad", "response_1": "good", "better_response_id": 1}, "compared", None),

@@ -174,9 +174,9 @@ def test_float32_moments_beside_bfloat16_are_rounded_alike():
     exact = adamw_reference_(**copied(inputs))
     nearest = adamw_reference_(**copied({**inputs, "seed": None}))
     ours = adamw.adamw_(**inputs)
-    for one, other, plain in zip(ours[1:3], exact[1:3], nearest[1:3], strict=True):
-        assert int((one != other).sum()) <= one.numel() / 500
-        assert int((one != plain).sum()) > one.numel() / 8
+    one, other, plain = (torch.cat([p.flatten() for p in found[1:3]]) for found in (ours, exact, nearest))
+    assert int((one != other).sum()) <= one.numel() / 500
+    assert int((one != plain).sum()) > one.numel() / 8
 
 
 @pytest.mark.gpu

@@ -91,6 +91,11 @@ class SFTTrainer(TrlTrainer):
                 "SFTTrainer: nothing of this model trains.",
                 hint="Put an adapter on it with get_peft_model first.",
             )
+        if facts is not None and today.get("peft_config") is not None:
+            raise UserError(
+                "SFTTrainer: an adapter that the trainer puts on with peft_config gets no fused layers.",
+                hint="Put it on with FastLanguageModel.get_peft_model, and leave out peft_config.",
+            )
         config = make_config(args, moved, model, facts)
         check_rates(
             model, loraplus_lr_ratio, embedding_learning_rate, with_peft=bool(today.get("peft_config"))

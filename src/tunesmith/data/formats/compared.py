@@ -31,9 +31,10 @@ _COMPARED = {
     "prompt": Column(False, "what both answer", _ASKED),
     "better": Column(
         False,
-        "which of them is better, in a word or number; `labels` is 1 for the first",
-        ("winner", "better_response_id", "labels"),
+        "which of them is better, in a word, or 0 for the first and 1 for the second",
+        ("winner", "better_response_id"),
     ),
+    "first_is_better": Column(False, "1 where the first is, 0 where the second is", ("labels",)),
     "score_first": Column(False, "a score of the first", ("score_A", "score_0")),
     "score_second": Column(False, "a score of the second", ("score_B", "score_1")),
     "system": SYSTEM,
@@ -65,8 +66,8 @@ def _first_wins(record: Mapping[str, Any]) -> bool:
     Raises:
         RowProblem: "no preference" where neither is, "bad label" where it is said in unknown words.
     """
-    said = take(record, _COMPARED, "better")
-    if said is None:
+    said, counted = take(record, _COMPARED, "better"), take(record, _COMPARED, "first_is_better")
+    if said is None and counted is None:
         scores = [take(record, _COMPARED, name) for name in ("score_first", "score_second")]
         if None in scores:
             raise RowProblem("missing column", "better")
@@ -74,6 +75,9 @@ def _first_wins(record: Mapping[str, Any]) -> bool:
         if first == second:
             raise RowProblem("no preference", "both answers have the same score")
         return first > second
+    if said is None:
+        first = int(counted) if isinstance(counted, bool) else counted
+        said = {0.0: 1, 1.0: 0}.get(as_number(first, "bad label", "first_is_better"), counted)
     whole = isinstance(said, bool) or (isinstance(said, float) and said.is_integer())
     name = str(int(said) if whole else said).strip().casefold()
     if name not in _BETTER:
@@ -81,9 +85,7 @@ def _first_wins(record: Mapping[str, Any]) -> bool:
     wins = _BETTER[name]
     if wins is None:
         raise RowProblem("no preference", "neither answer is better")
-    # Stanford's sets count the other way round: 1 says that the first is better
-    counts_first = all(record.get(key) is None for key in ("better", "winner", "better_response_id"))
-    return not wins if counts_first and name in ("0", "1") else wins
+    return wins
 
 
 def _convert_compared(record: Mapping[str, Any], reading: Reading = AS_USUAL, /) -> Preference:
@@ -151,7 +153,7 @@ def _pair(
 
 
 def _detect_compared(keys: Collection[str]) -> bool:
-    told = has(keys, _COMPARED, "better")
+    told = has(keys, _COMPARED, "better") or has(keys, _COMPARED, "first_is_better")
     rated = has(keys, _COMPARED, "score_first") and has(keys, _COMPARED, "score_second")
     return has(keys, _COMPARED, "first") and has(keys, _COMPARED, "second") and (told or rated)
 
