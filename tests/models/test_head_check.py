@@ -88,6 +88,7 @@ def test_full_fine_tuning_starts_from_the_checkpoints_own_values(tiny_model_dir,
         ("sgd", torch.float32),
         ("adamw", torch.bfloat16),
     ):  # the latter rounds stochastically
+        (tmp_path / optimizer).mkdir()
         settings = run_settings(
             tiny_model_dir, tmp_path / optimizer, model={"dtype": "bfloat16"}, adapter={"kind": "none"},
             train={"optimizer": optimizer},

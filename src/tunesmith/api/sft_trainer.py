@@ -71,16 +71,7 @@ class SFTTrainer(TrlTrainer):
             raise UserError(
                 "SFTTrainer: tokenizer and processing_class are two names of one thing, and differ here."
             )
-        if isinstance(model, str):
-            raise UserError(
-                f"SFTTrainer takes a model, and {model!r} is a name.",
-                hint="Load it with FastLanguageModel.from_pretrained.",
-            )
-        if not hasattr(model, "parameters"):
-            raise UserError(
-                f"SFTTrainer takes a model, and this is a {type(model).__name__}.",
-                hint="from_pretrained returns two things: model, tokenizer = FastLanguageModel.from_pretrained(...).",
-            )
+        _check_model(model)
         moved = {name: more.pop(name) for name in MOVED if name in more}
         today = {name: more.pop(name) for name in [*more] if name in _TODAY}
         check_foreign(SFTTrainer, TRAINING, more, [*MOVED, *_TODAY])
@@ -146,6 +137,19 @@ class SFTTrainer(TrlTrainer):
             self.optimizer = kind(groups, **options)
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, str):
+        raise UserError(
+            f"SFTTrainer takes a model, and {model!r} is a name.",
+            hint="Load it with FastLanguageModel.from_pretrained.",
+        )
+    if not hasattr(model, "parameters"):
+        raise UserError(
+            f"SFTTrainer takes a model, and this is a {type(model).__name__}.",
+            hint="from_pretrained returns two things: model, tokenizer = FastLanguageModel.from_pretrained(...).",
+        )
 
 
 def _fit(model: Any, facts: Facts, config: Any) -> None:
