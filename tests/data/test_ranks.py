@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.support.documents import random_corpus
 from tunesmith.data.batches import BatchPlan, rows_of_epoch, shares_of_step, steps_of_epoch
-from tunesmith.data.ranks import attention_costs, balance_rows
+from tunesmith.data.ranks import attention_costs, balance_rows, mean_imbalance
 
 
 def test_costs_and_shares_by_hand():
@@ -18,6 +18,18 @@ def test_costs_and_shares_by_hand():
     # in turn: 9 + 8 and 1 + 2, mean 10; even: 9 + 1 and 8 + 2
     assert shares.rows == ((0, 1), (2, 3))
     assert (shares.before, shares.after) == (1.7, 1.0)
+
+
+def test_the_mean_over_steps():
+    assert mean_imbalance(np.array([9, 1, 8]), 2, 4) is None
+    found = mean_imbalance(np.array([9, 1, 8, 2]), 2, 2)
+    # each step has two rows, and each rank one of them: twice the larger over the sum, however they are dealt
+    assert found is not None
+    assert found.before == found.after
+    assert found.before in {(18 / 10 + 16 / 10) / 2, (18 / 17 + 4 / 3) / 2, (18 / 11 + 16 / 9) / 2}
+    even = mean_imbalance(np.full(50, 7), 4, 16)
+    assert even is not None
+    assert (even.before, even.after) == (1.0, 1.0)
 
 
 @given(st.lists(st.integers(1, 10**9), min_size=1, max_size=60), st.integers(1, 12))

@@ -83,8 +83,17 @@ def facts(check: DataCheck) -> dict[str, str]:
         "tokens": f"{check.tokens:,}, of which {check.trained_tokens:,} are {verb} ({share:.0%})",
         "cut": f"{lost}, {counted(check.lost_tokens, 'token')} lost" if check.cut_answers else "",
         "packing": f"{packing}, {check.efficiency:.1%} full" if check.packs else "",
+        "ranks": _balance(check),
     }
     return {name: text for name, text in lines.items() if text}
+
+
+def _balance(check: DataCheck) -> str:
+    """How even attention is over ranks, for the largest number of them that has a whole step."""
+    if not check.imbalance:
+        return ""
+    ranks, (before, after) = max(check.imbalance.items())
+    return f"attention of the dearest of {ranks} over their mean: {before:.2f} dealt in turn, {after:.2f} balanced"
 
 
 def _counted(count: int, plural: str) -> str:

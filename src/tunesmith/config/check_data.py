@@ -19,7 +19,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tunesmith.config.check_kinds import Counts, documents_of, foreign, legible
-from tunesmith.config.check_report import DUPLICATES, EXAMPLES, DataCheck, Finding, Findings, Marks, Shown
+from tunesmith.config.check_report import (
+    DUPLICATES,
+    EXAMPLES,
+    RANKS,
+    ROWS_OF_RANK,
+    DataCheck,
+    Finding,
+    Findings,
+    Marks,
+    Shown,
+)
 from tunesmith.contracts.errors import DataError
 from tunesmith.data.cutting import TRUNCATED, Fit, Joiner, Piece
 from tunesmith.data.formats import (
@@ -35,6 +45,7 @@ from tunesmith.data.formats import (
 )
 from tunesmith.data.masks import NOTE_END
 from tunesmith.data.packing import pack_best_fit, packing_efficiency
+from tunesmith.data.ranks import attention_costs, mean_imbalance
 from tunesmith.data.render import (
     NOTE_CUT,
     NOTE_DATE,
@@ -303,6 +314,11 @@ class _Pass:
         packs = pack_best_fit(fitted, limit)
         check.packs = len(packs)
         check.efficiency = packing_efficiency(fitted, packs, limit)
+        costs = attention_costs(fitted, packs)
+        for ranks in RANKS:
+            shares = mean_imbalance(costs, ranks, ranks * ROWS_OF_RANK)
+            if shares is not None:
+                check.imbalance[ranks] = (shares.before, shares.after)
         check.marks = Marks.of(self._rows, self._digests, self._prompts)
         self._find_duplicates(check.marks)
 

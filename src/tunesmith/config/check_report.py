@@ -15,6 +15,7 @@ from tunesmith.data.render import Encoded, Rendered
 
 DUPLICATES = "exact duplicates of an earlier row"
 EXAMPLES = 5
+RANKS, ROWS_OF_RANK = (2, 4, 8), 8
 """Rows that are named of each finding."""
 
 
@@ -107,6 +108,8 @@ class DataCheck:
         lengths: tokens of each document of the rows kept, before it is cut; a pair has two documents.
         cut_answers: rows that lose tokens which would train, and `lost_tokens` how many.
         packs: rows after packing, and `efficiency` the share of their tokens that belong to documents.
+        imbalance: by number of ranks, attention of the dearest over their mean in a step of `ROWS_OF_RANK` packs
+            each: dealt in turn, and evened out. Without numbers of ranks whose step the packs do not fill.
         examples: rows with their masks, short ones of different looks first; none where no row trains.
         marks: of each row kept its number, a hash of its tokens and one of its prompt, for comparison.
     """
@@ -136,6 +139,7 @@ class DataCheck:
     lost_tokens: int = 0
     packs: int = 0
     efficiency: float = 1.0
+    imbalance: dict[int, tuple[float, float]] = field(default_factory=dict)
     examples: list[Shown] = field(default_factory=list)
     marks: Marks = field(default_factory=lambda: Marks.of([], [], []))
 
@@ -216,6 +220,10 @@ class DataCheck:
                 "sequence_length": self.sequence_length,
                 "packs": self.packs,
                 "efficiency": round(self.efficiency, 4),
+                "imbalance": {
+                    str(ranks): {"in_turn": round(before, 4), "balanced": round(after, 4)}
+                    for ranks, (before, after) in self.imbalance.items()
+                },
             },
             "example": _example(self.examples[0]) if self.examples else None,
         }

@@ -58,6 +58,25 @@ def balance_rows(costs_R: NDArray[np.int64], world_size: int) -> Shares:
     return Shares(tuple(tuple(rows) for rows in even), before, after)
 
 
+_SAMPLED = 4096
+
+
+def mean_imbalance(costs_R: NDArray[np.int64], world_size: int, step: int) -> Shares | None:
+    """`before` and `after` on average over steps of `step` rows in a random order, of at most 4,096 rows.
+
+    Returns:
+        Its `rows` are those of the last step; None where there is no whole step.
+    """
+    order_R = np.random.default_rng(0).permutation(costs_R)[:_SAMPLED]
+    shares = [
+        balance_rows(order_R[at : at + step], world_size) for at in range(0, len(order_R) - step + 1, step)
+    ]
+    if not shares:
+        return None
+    before, after = (float(np.mean([getattr(one, name) for one in shares])) for name in ("before", "after"))
+    return Shares(shares[-1].rows, before, after)
+
+
 def _even_shares(costs: Sequence[int], world_size: int) -> list[list[int]]:
     """The dearest row first, each to the cheapest rank with a place; of equals to the lowest number."""
     places, larger = divmod(len(costs), world_size)  # `larger` ranks may take one row more than `places`
