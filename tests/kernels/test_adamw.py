@@ -191,12 +191,6 @@ def _launches(sizes: Sequence[int], dtype: torch.dtype, monkeypatch: pytest.Monk
     return found
 
 
-@pytest.fixture
-def _private_triton_cache(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-
-
 @pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter does not compile")
 @pytest.mark.usefixtures("_private_triton_cache")
 @pytest.mark.parametrize("capability", [80, 90, 100])

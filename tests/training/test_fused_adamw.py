@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.kernels.compare import count_launches
 from tests.support.interpreter import run_in_interpreter
-from tunesmith.kernels import adamw, launch
+from tunesmith.kernels import launch
 from tunesmith.training import fused_adamw
 from tunesmith.training.fused_adamw import FusedAdamW, fits
 from tunesmith.training.optim import build_optimizer
@@ -33,14 +34,7 @@ TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 3e-2 if launch.INTERPRETED el
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that run."""
-    seen: list[str] = []
-
-    def counted(kernel, *args, **options):
-        seen.append(kernel.fn.__name__)
-        launch.launch(kernel, *args, **options)
-
-    monkeypatch.setattr(adamw, "launch", counted)
-    return seen
+    return count_launches(monkeypatch)
 
 
 def parameters_of(dtypes: Sequence[torch.dtype], seed: int = 0) -> list[nn.Parameter]:

@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.kernels.compare import count_launches
 from tests.support.interpreter import run_in_interpreter
 from tests.support.tiny import tiny_llama
 from tunesmith.contracts.errors import UserError
-from tunesmith.kernels import adamw, adamw_8bit, launch
+from tunesmith.kernels import launch
 from tunesmith.kernels.adamw_8bit import decode, scales_of
 from tunesmith.training.checkpoint import CheckpointStore
 from tunesmith.training.fused_adamw import FusedAdamW
@@ -39,15 +40,7 @@ OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8}
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that run."""
-    seen: list[str] = []
-
-    def counted(kernel, *args, **options):
-        seen.append(kernel.fn.__name__)
-        launch.launch(kernel, *args, **options)
-
-    monkeypatch.setattr(adamw, "launch", counted)
-    monkeypatch.setattr(adamw_8bit, "launch", counted)
-    return seen
+    return count_launches(monkeypatch)
 
 
 def parameters_of(dtypes: Sequence[torch.dtype], device: torch.device = DEVICE) -> list[nn.Parameter]:
