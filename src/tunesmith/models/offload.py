@@ -7,8 +7,8 @@ compute and cost it next to nothing; what must be right is who may touch a buffe
 - a tensor is copied out after the compute stream has written it, and stays referenced until the copy is done;
 - memory for a tensor coming back is allocated on the compute stream, so the copy waits for whatever used that
   memory before, and compute waits for the copy;
-- host buffers return to a pool only when the copy back has been enqueued, and a new copy out into one of them
-  waits for that copy on the same stream;
+- host buffers are free for others (`host_memory`) only when the copy back has been enqueued, and a new copy out into
+  one of them waits for that copy on the same stream;
 - a graph that dies without a backward (a step given up, an evaluation with gradients on) takes its handles along,
   so handles are held weakly here and give their host buffers back when they go.
 
@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from tunesmith.models.host_memory import HostMemory
 
 IN_FLIGHT = 2
 """Layers whose copies may be under way at once: the one that was computed last, and the one before."""
@@ -49,11 +51,15 @@ class Offloader:
 
     def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled
-        self._pool: dict[int, list[Tensor]] = {}
+        self._memory = HostMemory(pinned=enabled)
         self._pushed: list[weakref.ref[Handle]] = []
         self._leaving: deque[Handle] = deque()
-        self.host_bytes = 0
         self._stream = torch.cuda.Stream() if enabled else None
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of pinned host memory."""
+        return self._memory.bytes
 
     def push(self, tensors: list[Tensor]) -> Handle:
         """Start moving tensors to the host; their device memory is given back as soon as they have left."""
@@ -84,14 +90,7 @@ class Offloader:
             handle.device = []
 
     def _host_buffer(self, tensor: Tensor) -> Tensor:
-        size = tensor.numel() * tensor.element_size()
-        free = self._pool.setdefault(size, [])
-        if free:
-            flat = free.pop()
-        else:
-            flat = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            self.host_bytes += size
-        return flat.view(tensor.dtype).view(tensor.shape)
+        return self._memory.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
 
     def pull(self, handle: Handle) -> list[Tensor]:
         """The tensors back on their device; also starts on those of the layer that was pushed before."""
@@ -130,7 +129,6 @@ class Offloader:
         self._release(handle.host)
 
     def _release(self, host: list[Tensor]) -> None:
-        """Host buffers back into the pool, and the list emptied."""
+        """Host buffers back into the memory that they were cut from, and the list emptied."""
         while host:
-            flat = host.pop().flatten().view(torch.uint8)
-            self._pool[flat.numel()].append(flat)
+            self._memory.give(host.pop())

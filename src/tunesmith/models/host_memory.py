@@ -1,0 +1,95 @@
+"""Pinned host memory in few large pieces, so that micro-batches of ever new sizes do not pin ever new buffers.
+
+Pinning costs milliseconds a call and is never given back while a run lasts; torch's own pool rounds each buffer up to
+a power of two. Here pieces are pinned rarely, each as large as all before it together up to `LARGEST_PIECE`, and
+buffers are cut from them: what one micro-batch gives back serves the next one, whatever its sizes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SMALLEST_PIECE = 32 << 20
+LARGEST_PIECE = 1 << 30
+"""Bytes of a piece. The largest bounds what is pinned and never used, the smallest what a small model pins."""
+ALIGNMENT = 256
+
+
+@dataclass(eq=False, slots=True)
+class _Piece:
+    """Memory of one allocation, and the spans `(start, end)` of it that are free, in order, none touching another."""
+
+    memory: Tensor
+    free: list[tuple[int, int]]
+
+    def take(self, size: int) -> Tensor | None:
+        """The first free bytes of that size, or None."""
+        for number, (start, end) in enumerate(self.free):
+            if end - start >= size:
+                self.free[number : number + 1] = [(start + size, end)] if end - start > size else []
+                return self.memory[start : start + size]
+        return None
+
+    def give(self, start: int, end: int) -> None:
+        """A span is free again; it grows together with free neighbours."""
+        at = bisect_left(self.free, (start, end))
+        if at < len(self.free) and self.free[at][0] == end:
+            end = self.free.pop(at)[1]
+        if at and self.free[at - 1][1] == start:
+            start = self.free.pop(at - 1)[0]
+        insort(self.free, (start, end))
+
+
+class HostMemory:
+    """Buffers of host memory that are taken and given back many times.
+
+    Args:
+        pinned: whether copies from and to a device may run beside the host's work.
+
+    Attributes:
+        bytes: of all pieces.
+    """
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned
+        self._pieces: list[_Piece] = []
+        self.bytes = 0
+
+    def take(self, size: int) -> Tensor:
+        """`size` bytes `[size]`, uint8, aligned to `ALIGNMENT`; pins a further piece where none has room.
+
+        Raises:
+            torch.OutOfMemoryError, RuntimeError: the host has no such memory left to pin.
+        """
+        if size == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        room = _aligned(size)
+        for piece in self._pieces:
+            buffer = piece.take(room)
+            if buffer is not None:
+                return buffer[:size]
+        want = max(room, min(LARGEST_PIECE, max(SMALLEST_PIECE, self.bytes)))
+        memory = torch.empty(want, dtype=torch.uint8, pin_memory=self._pinned)
+        self.bytes += want
+        self._pieces.append(_Piece(memory, [(room, want)] if want > room else []))
+        return memory[:size]
+
+    def give(self, buffer: Tensor) -> None:
+        """Take back what `take` gave, in any type and shape."""
+        if buffer.nbytes == 0:
+            return
+        at = buffer.data_ptr()
+        for piece in self._pieces:
+            start = at - piece.memory.data_ptr()
+            if 0 <= start < piece.memory.numel():
+                piece.give(start, start + _aligned(buffer.nbytes))
+                return
+        raise AssertionError("the buffer is not of this memory")
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,70 @@
+"""Host memory in pieces: buffers never overlap, and what is given back is found again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunesmith.models import host_memory
+from tunesmith.models.host_memory import ALIGNMENT, LARGEST_PIECE, SMALLEST_PIECE, HostMemory
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "SMALLEST_PIECE", 4 * ALIGNMENT)
+    monkeypatch.setattr(host_memory, "LARGEST_PIECE", 64 * ALIGNMENT)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 40 * ALIGNMENT), st.integers(0, 2**16)), max_size=40))
+def test_buffers_never_share_a_byte(turns: list[tuple[int, int]]) -> None:
+    """Each turn takes a buffer and fills it; one that goes back has to hold its own bytes still."""
+    memory = HostMemory(pinned=False)
+    held: list[tuple[int, torch.Tensor]] = []
+    for number, (size, which) in enumerate(turns):
+        buffer = memory.take(size).fill_(number % 251)
+        assert buffer.shape == (size,)
+        assert buffer.storage_offset() % ALIGNMENT == 0
+        held.append((number % 251, buffer))
+        if which % 3 == 0:
+            value, back = held.pop(which % len(held))
+            assert bool((back == value).all())
+            memory.give(back)
+    assert all(bool((buffer == value).all()) for value, buffer in held)
+    for _, buffer in held:
+        memory.give(buffer)
+    assert all(piece.free == [(0, piece.memory.numel())] for piece in memory._pieces)
+
+
+def test_what_is_given_back_serves_other_sizes() -> None:
+    """Micro-batches of different lengths, as a layer after the other leaves and comes back: nothing new is pinned."""
+    memory = HostMemory(pinned=False)
+    pinned = []
+    for tokens in (900, 700, 850, 640, 899, 111):
+        buffers = [memory.take(tokens * width) for _ in range(12) for width in (8, 6, 3)]
+        for buffer in reversed(buffers):
+            memory.give(buffer.view(torch.int8).view(-1))
+        pinned.append(memory.bytes)
+    assert len(set(pinned)) == 1
+    needed = 12 * 17 * 900
+    assert needed <= pinned[0] <= 2 * needed
+
+
+def test_a_buffer_larger_than_any_piece_has_its_own() -> None:
+    memory = HostMemory(pinned=False)
+    large = memory.take(100 * ALIGNMENT + 1)
+    assert memory.bytes == 101 * ALIGNMENT
+    memory.give(large.view(torch.uint8))
+    assert memory.take(101 * ALIGNMENT).data_ptr() == large.data_ptr()
+
+
+def test_a_buffer_of_another_memory_is_refused() -> None:
+    with pytest.raises(AssertionError, match="not of this memory"):
+        HostMemory(pinned=False).give(torch.empty(8, dtype=torch.uint8))
+
+
+def test_the_bounds() -> None:
+    assert SMALLEST_PIECE < LARGEST_PIECE
+    assert LARGEST_PIECE % ALIGNMENT == SMALLEST_PIECE % ALIGNMENT == 0
