@@ -275,7 +275,7 @@ def ragged_fits(fused_TN: Tensor, heads: Heads, _documents: Documents, scores: S
 
 
 def _bucket(value: int) -> int:
-    """Round up to a power of two, beyond 16 to an eighth of the next one, so that graphs of similar shapes are shared.
+    """Round up to a power of two, beyond 16 to an eighth of the next one: similar shapes share a graph.
 
     Building one takes 75 ms, a dozen layers' worth of attention. Blocks past the end of a document cost no time, and
     in backward float32 for dq.
@@ -289,8 +289,9 @@ def _ragged_shape(
     fused_TN: Tensor, heads: Heads, documents: Documents, scores: Scores, room: int, out_stride: int
 ) -> _Shape:
     count = _bucket(len(documents.lengths))
+    longest = _bucket(max(SHORTEST_EQUAL, documents.longest))
     strides = fused_TN.stride(0), heads.columns + room, out_stride
-    return _Shape(count, _bucket(max(SHORTEST_EQUAL, documents.longest)), heads, scores, *strides, fused_TN.dtype, ragged=True)
+    return _Shape(count, longest, heads, scores, *strides, fused_TN.dtype, ragged=True)
 
 
 def _places(documents: Documents, shape: _Shape) -> dict[str, Tensor]:
