@@ -7,13 +7,18 @@ import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.support.runs import build, run_settings, train
-from tunesmith.contracts.errors import NonFiniteError, UserError
+from tunesmith.config.load import load_settings
+from tunesmith.contracts.errors import ConfigError, NonFiniteError, UserError
+from tunesmith.data.feed import Position
+from tunesmith.settings.quantities import seconds_of
 from tunesmith.training.metrics import read_events
+from tunesmith.training.step import train_step
 
 
 @pytest.fixture
@@ -228,3 +233,107 @@ def test_weights_of_sources_repeat_and_thin(settings, tmp_path):
     drawn = run.data.corpus.draw(run.data.train_N, seed=1, epoch=0).tolist()
     assert sum(d < 40 for d in drawn) == 80
     assert sum(d >= 40 for d in drawn) == 10
+
+
+# ---------------------------------------------------------------- length in tokens, checkpoints by time
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"packing": False},  # epochs alike: whole passes are counted at once
+        {"packing": True},
+        {"packing": False, "global_batch": "150 tokens"},  # every pass is planned
+    ],
+)
+@pytest.mark.parametrize("part", [0.0, 0.3, 1.0, 2.0, 2.6])
+def test_steps_until_so_many_tokens_have_trained(settings, train, part):
+    """Against the steps themselves: the one before the last has not reached the number, the last has."""
+    run, _ = build(settings(train=train))
+    feed = run.data.feed
+    epoch = int(run.data.corpus.lengths[run.data.train_N].sum())
+    for wanted in {max(1, int(part * epoch) + shift) for shift in (-1, 0, 1)}:
+        count = feed.count_steps_of_tokens(wanted)
+        taken = 0
+        for number, step in enumerate(feed.steps(Position()), start=1):
+            before, taken = (
+                taken,
+                taken + int(run.data.corpus.lengths[[d for row in step.rows for d in row]].sum()),
+            )
+            if number == count:
+                break
+        assert before < wanted <= taken
+
+
+def test_a_run_as_long_as_a_number_of_tokens(settings, tmp_path):
+    """It ends with the step that reaches the number, its schedule ends there, and a part of it goes on."""
+    made = settings(train={"steps": "1_500 tokens", "scheduler": "linear", "packing": False})
+    _, events, outcome = _run(made)
+    steps = events.of("step")
+    total = sum(step.tokens for step in steps)
+    assert total >= 1500 > total - steps[-1].tokens
+    assert outcome.all_tokens == total
+    assert events.of("start")[0].total_steps == len(steps)
+    assert steps[-1].learning_rate == pytest.approx(5.0e-3 / len(steps), rel=1e-6)
+    short = train(
+        made
+        | {
+            "output": made["output"] | {"dir": str(tmp_path / "b")},
+            "train": made["train"] | {"steps": "700 tokens"},
+        }
+    )
+    assert short.steps < len(steps)
+    longer = train(made | {"output": made["output"] | {"dir": str(tmp_path / "b")}})
+    assert longer.steps == len(steps)
+    assert longer.tokens + short.tokens == total
+
+
+def test_a_stream_cannot_count_tokens_ahead(settings):
+    made = settings(data={"streaming": True, "eval": {"fraction": 0.0}}, train={"steps": "1_000 tokens"})
+    with pytest.raises(ConfigError, match=r"train\.steps counts tokens, and data\.streaming is on"):
+        build(made)
+
+
+def test_checkpoints_by_time(settings, monkeypatch):
+    """Steps of 40 s, a checkpoint after a minute without one: after every second step, and at the end."""
+    now = [1000.0]
+    monkeypatch.setattr("tunesmith.training.trainer.time", SimpleNamespace(monotonic=lambda: now[0]))
+    run, events = build(settings(train={"steps": 5}, output={"save_every": "1 minute"}))
+
+    def slow(*arguments):
+        now[0] += 40.0
+        return train_step(*arguments)
+
+    monkeypatch.setattr("tunesmith.training.trainer.train_step", slow)
+    with run.packed():
+        run.trainer.train()
+    assert [event.step for event in events.of("checkpoint")] == [2, 4, 5]
+
+
+def test_the_last_checkpoint_knows_its_held_out_loss_also_where_it_was_due(settings):
+    run, events, outcome = _run(settings(train={"steps": 4}, output={"save_every": 2, "eval_every": 3}))
+    assert [event.step for event in events.of("checkpoint")] == [2, 4]
+    assert run.store.all()[-1].metric == outcome.last_eval
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30 minutes", 1800.0),
+        ("1 hour", 3600.0),
+        (" 1.5 hours ", 5400.0),
+        ("90 seconds", 90.0),
+        (200, None),
+        (None, None),
+    ],
+)
+def test_times_in_a_run_file(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["0 minutes", "3 weeks", "-1 hours", "minutes", "1_000", "1 hour 30 minutes"]
+)
+def test_other_times_are_refused(settings, text):
+    with pytest.raises(ConfigError, match="a time such as '30 minutes' or '2 hours'"):
+        load_settings(settings(output={"save_every": text}))

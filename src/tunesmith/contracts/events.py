@@ -38,8 +38,8 @@ class Stepped(Event):
     """An optimizer step is complete.
 
     `loss` is the mean over the step's supervised tokens, `seconds` the wall time since the last step,
-    `memory_gib` the peak of the device's allocated memory (of the process on CPU), `applied` False where
-    the step was skipped.
+    `memory_gib` the peak of the device's allocated memory (of the process on CPU) and `memory_now_gib` what is
+    allocated when the step is over, `applied` False where the step was skipped.
     """
 
     kind: ClassVar[str] = "step"
@@ -55,6 +55,15 @@ class Stepped(Event):
     memory_gib: float
     loss_scale: float
     applied: bool
+    memory_now_gib: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured(Event):
+    """Something was measured of a step on request; the values by their names (`training.noise_scale`)."""
+
+    kind: ClassVar[str] = "measure"
+    values: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +75,16 @@ class Evaluated(Event):
     tokens: int
     seconds: float
     by_source: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled(Event):
+    """The model answered a prompt: `prompt` as a person reads it, `seconds` the wall time of the answer."""
+
+    kind: ClassVar[str] = "sample"
+    prompt: str
+    answer: str
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +106,7 @@ class Warned(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished(Event):
-    """Training is over: `reason` is complete, time, interrupted or non-finite."""
+    """Training is over: `reason` is complete, time, early stop, interrupted or non-finite."""
 
     kind: ClassVar[str] = "end"
     reason: str

@@ -81,6 +81,24 @@ class TableFeed:
             total += math.ceil(steps * min(1.0, epochs - number) - 1e-9)
         return total
 
+    def count_steps_of_tokens(self, tokens: int) -> int:
+        """Optimizer steps until so many tokens have gone through the model: the last one reaches or passes it."""
+        number = total = 0
+        if self._alike():  # then all passes but the last one need no look
+            steps = self.epoch(0)[1]
+            whole = sum(map(self._tokens_of, steps))
+            number = (tokens - 1) // whole
+            total, tokens = number * len(steps), tokens - number * whole
+        while True:
+            for step in self.epoch(number)[1]:
+                total, tokens = total + 1, tokens - self._tokens_of(step)
+                if tokens <= 0:
+                    return total
+            number += 1
+
+    def _tokens_of(self, step: list[Row]) -> int:
+        return int(self._corpus.lengths[[document for row in step for document in row]].sum())
+
     def _alike(self) -> bool:
         """Whether all epochs have as many steps: they hold the same documents, and rows are what is counted.
 

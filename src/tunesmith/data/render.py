@@ -133,8 +133,11 @@ class Renderer:
         """Text of the chat template, None where there is none."""
         return self.template.source if self.template is not None else None
 
-    def prompt(self, messages: Sequence[Message]) -> str:
+    def prompt(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> str:
         """What a server would show the model to have it answer `messages`.
+
+        Args:
+            tools: signatures of the tools that it may call.
 
         Raises:
             RowProblem: "template error".
@@ -142,7 +145,10 @@ class Renderer:
         """
         if self.template is None:
             raise DataError("There is no chat template to write a prompt with.")
-        return self.template.render(messages, variables=self._variables, add_generation_prompt=True).text
+        adapted, tools, _ = adapt(Conversation(list(messages), tools), self._can)
+        return self.template.render(
+            adapted, tools=tools, variables=self._variables, add_generation_prompt=True
+        ).text
 
     def fingerprint(self) -> str:
         """SHA-256 over all that decides which tokens a row becomes."""

@@ -291,9 +291,20 @@ def packed_attention(model: Any, name: str) -> Iterator[None]:
             f"{type(model).__name__} attends in chunks of {chunk} tokens, which packed attention does not compute."
         )
     register_attention()
-    before, wanted = model.config._attn_implementation, ATTENTION[name][0]
-    model.set_attn_implementation(wanted)
-    if model.config._attn_implementation != wanted:
+    with attending_all(model, ATTENTION[name][0]):
+        yield
+
+
+@contextmanager
+def attending_all(model: Any, registered: str) -> Iterator[None]:
+    """Within the block a whole model attends by the function of that name in transformers' interface.
+
+    Raises:
+        UserError: the model does not let its attention be replaced.
+    """
+    before = model.config._attn_implementation
+    model.set_attn_implementation(registered)
+    if model.config._attn_implementation != registered:
         raise UserError(
             f"{type(model).__name__} does not let its attention be replaced, so its rows cannot be packed safely.",
             hint="Use a model whose transformers class supports the attention interface.",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from datetime import date
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, WithJsonSchema, field_serializer
 
 from tunesmith.settings.base import Section
+from tunesmith.settings.urls import shown
 
 FormatName = Literal[
     "auto",
@@ -39,11 +40,12 @@ def _iso_date(text: str) -> str:
 
 
 class SourceSettings(Section):
-    """One source of rows: a file, a folder, a glob pattern or a Hugging Face data set id."""
+    """One source of rows: a file, a folder, a glob pattern, an address or a Hugging Face data set id."""
 
-    path: str = Field(min_length=1)
+    path: str = Field(min_length=1, repr=False)
     """File (.jsonl, .json, .parquet, .csv, .tsv, .txt, .arrow; .gz too), glob pattern, folder saved by
-    `datasets`, folder of such files, or a Hugging Face id. Relative paths start at the current directory."""
+    `datasets`, folder of such files, address (`https://host/rows.jsonl`, `s3://bucket/rows-*.parquet`), or a
+    Hugging Face id. Relative paths start at the current directory."""
     format: FormatName = "auto"
     """How a row becomes a conversation; `auto` decides by the columns. `completion` is another name of `text`,
     `input_output` of `segments`."""
@@ -78,6 +80,11 @@ class SourceSettings(Section):
     """Configuration name of a Hugging Face data set that has several."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face data set."""
+
+    @field_serializer("path")
+    def _without_secrets(self, path: str) -> str:
+        """What is written of the settings has no password and no signature in it."""
+        return shown(path)
 
 
 class HeldOutSettings(Section):
@@ -132,7 +139,9 @@ class DataSettings(Section):
     allow_control_tokens: bool = False
     """Let control tokens that stand in the text of users, tools and the system be control tokens; otherwise they
     are plain text."""
-    date: Annotated[str, AfterValidator(_iso_date)] = "2025-01-01"
+    date: Annotated[str, AfterValidator(_iso_date), WithJsonSchema({"type": "string", "format": "date"})] = (
+        "2025-01-01"
+    )
     """The day (year-month-day) that a chat template writes as today's: one for all runs, so that the tokens of a
     row do not change from day to day."""
     overlong: Literal["drop", "truncate", "error", "split"] = "truncate"

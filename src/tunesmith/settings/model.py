@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, WithJsonSchema
 
 from tunesmith.settings.base import Section
 
@@ -12,14 +12,21 @@ Patterns = Annotated[tuple[str, ...], Field(strict=False)]
 """A YAML list of names or glob patterns."""
 
 
+_OF_EXPRESSIONS = ".*[(|"
+
+
 def _check_expression(value: str) -> str:
     """A name alone would match no layer's whole name, and is probably a misspelt word."""
-    if not set(value) & set(".*[(|"):
+    if not set(value) & set(_OF_EXPRESSIONS):
         raise ValueError("a regular expression (with . * [ ( or | in it)")
     return value
 
 
-Expression = Annotated[str, AfterValidator(_check_expression)]
+Expression = Annotated[
+    str,
+    AfterValidator(_check_expression),
+    WithJsonSchema({"type": "string", "pattern": "[" + _OF_EXPRESSIONS.replace("[", r"\[") + "]"}),
+]
 """A regular expression that a whole name matches."""
 
 
@@ -33,9 +40,9 @@ class ModelSettings(Section):
     they are (`none`)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute type. `auto`: bfloat16 on a GPU that has it, float16 on an older one, float32 on CPU.
-    Parameters that are trained are held in float32 whatever this says, but for full fine-tuning with `adamw` or
-    `adamw_8bit`, which round stochastically: there `bfloat16` holds the weights in bfloat16 as well, and `auto` does
-    on a GPU where float32 would not fit."""
+    Parameters that are trained are held in float32 whatever this says, but for full fine-tuning with `adamw`,
+    `adamw_8bit` or torchao's, which round stochastically: there `bfloat16` holds the weights in bfloat16 as well, and
+    `auto` does on a GPU where float32 would not fit."""
     attention: Literal["auto", "sdpa", "varlen"] = "auto"
     """Attention over packed documents: torch's variable-length FlashAttention (`varlen`, GPU with
     bfloat16 or float16), one exact SDPA call per document (`sdpa`), or the first that fits (`auto`)."""

@@ -1,57 +1,71 @@
-"""What a person sees while a run trains: a progress bar on a terminal, plain lines in a log."""
+"""What a person sees while a run trains: on a terminal a view that is drawn in place, in a log plain lines.
+
+Lines that stay (held-out losses, sample answers, checkpoints, warnings) are printed in both.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-)
+from rich.padding import Padding
 from rich.text import Text
 
-from tunesmith.contracts.events import Evaluated, Event, Finished, Saved, Started, Stepped, Warned
+from tunesmith.contracts.events import (
+    Evaluated,
+    Event,
+    Finished,
+    Measured,
+    Sampled,
+    Saved,
+    Started,
+    Stepped,
+    Warned,
+)
+from tunesmith.contracts.visible import one_line, visible
+from tunesmith.training.figures import Figures, duration
+from tunesmith.training.live import LiveView
+from tunesmith.training.noise_scale import describe
 
-_SMOOTHING = 0.8
+_LINES = 20
+"""Lines of steps in the log of a whole run; more where a run is slow."""
+_SILENCE = 60.0
+"""Seconds without a line of a step in a log, after which the next step gets one."""
+_PROMPT, _ANSWER = 100, 600
+"""Characters of a sample that are shown; events.jsonl has all of it."""
 
 
-class _TimeLeft(ProgressColumn):
-    """Time left from the mean seconds of the steps so far; rich's own estimate forgets slow steps too fast."""
-
-    def render(self, task: Task) -> Text:
-        left = task.fields.get("left")
-        return Text("--:-- left" if left is None else f"{timedelta(seconds=round(left))} left", style="cyan")
+_MARGIN = (0, 0, 0, 2)
+"""Above, right, below and left of a sample answer, which a terminal wraps behind it."""
 
 
 class ConsoleView:
     """Observer that prints. Close it (or use it as a context manager) when the run ends.
 
     Args:
-        console: where to print.
+        console: where to print; a terminal gets the live view.
+        quiet: print warnings only.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self._console = console
-        self._progress: Progress | None = None
-        self._loss: float | None = None
-        self._rate: float | None = None
-        self._first_step = self._total = 0
-        self._train_seconds = 0.0
+        self._figures = Figures()
+        live = console.is_terminal and not console.is_dumb_terminal and not quiet
+        self._live = LiveView(self._figures, console) if live else None
+        self._line_at = time.monotonic()
         self._handlers: dict[type[Event], Callable[..., None]] = {
             Started: self._started,
             Stepped: self._stepped,
             Evaluated: self._evaluated,
+            Measured: self._measured,
+            Sampled: self._sampled,
             Saved: self._saved,
             Warned: self._warned,
             Finished: self._finished,
         }
+        if quiet:
+            self._handlers = {Warned: self._warned}
 
     def __enter__(self) -> ConsoleView:
         return self
@@ -60,72 +74,71 @@ class ConsoleView:
         self.close()
 
     def on_event(self, event: Event) -> None:
-        """Show an event."""
-        self._handlers[type(event)](event)
+        """Show an event; one of a kind that is not known here is passed over."""
+        self._figures.take(event)
+        handler = self._handlers.get(type(event))
+        if handler is not None:
+            handler(event)
 
     def close(self) -> None:
-        """Take the progress bar down."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        """Leave the last state of the live view on the terminal."""
+        if self._live is not None:
+            self._live.stop()
+
+    def _print(self, text: str, style: str = "") -> None:
+        """A line that is not wrapped in a log, and in which nothing is markup: it may hold text of the data."""
+        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def _started(self, event: Started) -> None:
-        self._first_step, self._total = event.step, event.total_steps
         if event.resumed:
-            self._console.print(f"Going on after step {event.step} of {event.total_steps}.")
-        if not self._console.is_terminal:
-            return
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("training"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            _TimeLeft(),
-            console=self._console,
-        )
-        self._task = self._progress.add_task(
-            "train", total=event.total_steps, completed=event.step, figures=""
-        )
-        self._progress.start()
+            self._print(f"Going on after step {event.step} of {event.total_steps}.")
+        if self._live is not None:
+            self._live.start()
 
     def _stepped(self, event: Stepped) -> None:
-        if event.applied:
-            self._loss = event.loss if self._loss is None else _mix(self._loss, event.loss)
-        self._rate = (
-            event.tokens_per_second if self._rate is None else _mix(self._rate, event.tokens_per_second)
+        figures = self._figures
+        if self._live is not None:
+            return
+        now = time.monotonic()
+        due = event.step % max(1, figures.total // _LINES) == 0 or now - self._line_at >= _SILENCE
+        if not (due or event.step == figures.total or figures.is_first):
+            return
+        self._line_at = now
+        left = figures.seconds_left()
+        assert figures.rate is not None, "a step is complete"
+        assert left is not None, "a step is complete"
+        loss = f"{figures.loss:.3f}" if figures.loss is not None else "–"
+        self._print(
+            f"step {event.step}/{figures.total} · loss {loss} · lr {event.learning_rate:.2e} · "
+            f"{figures.rate:,.0f} tokens/s · {event.memory_gib:.1f} GiB · {duration(left)} left"
         )
-        self._train_seconds += event.seconds
-        done = event.step - self._first_step
-        left = self._train_seconds / done * (self._total - event.step)
-        loss = f"{self._loss:.3f}" if self._loss is not None else "–"
-        figures = f"loss {loss} · {self._rate:,.0f} tokens/s"
-        if self._progress is not None:
-            self._progress.update(self._task, completed=event.step, figures=figures, left=left)
-        elif event.step == self._total or done == 1 or event.step % max(1, self._total // 20) == 0:
-            self._console.print(
-                f"step {event.step}/{self._total} · {figures} · {event.memory_gib:.1f} GiB · "
-                f"{timedelta(seconds=round(left))} left"
-            )
 
     def _evaluated(self, event: Evaluated) -> None:
         self._console.print(f"held-out loss at step {event.step}: [bold]{event.loss:.4f}[/]", highlight=False)
         for name, loss in event.by_source.items():
-            self._console.print(f"  {loss:.4f} {name}", highlight=False, markup=False, soft_wrap=True)
+            self._print(f"  {loss:.4f} {name}")
+
+    def _measured(self, event: Measured) -> None:
+        if self._live is not None:
+            self._figures.gradients = describe(event.values)
+            return
+        self._print(f"step {event.step}: {describe(event.values)}")
+
+    def _sampled(self, event: Sampled) -> None:
+        self._print(f"sample at step {event.step}: {one_line(event.prompt, _PROMPT)}", style="dim")
+        answer = visible(event.answer) or "(nothing)"
+        answer = answer if len(answer) <= _ANSWER else f"{answer[:_ANSWER]}…"
+        if self._console.is_terminal:
+            self._console.print(Padding(Text(answer), _MARGIN), highlight=False)
+            return
+        for line in answer.splitlines():
+            self._print(f"  {line}")
 
     def _saved(self, event: Saved) -> None:
-        self._console.print(
-            f"checkpoint {event.path}", style="dim", markup=False, highlight=False, soft_wrap=True
-        )
+        self._print(f"checkpoint {event.path}", style="dim")
 
     def _warned(self, event: Warned) -> None:
-        self._console.print(
-            f"warning: {event.message}", style="yellow", highlight=False, markup=False, soft_wrap=True
-        )
+        self._print(f"warning: {event.message}", style="yellow")
 
     def _finished(self, _event: Finished) -> None:
         self.close()
-
-
-def _mix(mean: float, value: float) -> float:
-    return _SMOOTHING * mean + (1 - _SMOOTHING) * value

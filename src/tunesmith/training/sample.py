@@ -1,46 +1,81 @@
-"""Sample answers: greedy generation for a few prompts at once, through the stock attention and its KV cache."""
+"""Sample answers while a run goes on: greedy, for a few prompts at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import torch
+from tunesmith.models.generate import Sampling, Stop, generate
+from tunesmith.training.state import restore_rng, rng_state
 
-from tunesmith.models.modes import evaluating
+
+@dataclass(frozen=True, slots=True)
+class SamplePrompt:
+    """What the model is asked.
+
+    Attributes:
+        shown: the prompt as a person reads it.
+        ids: its tokens, behind which the model goes on.
+    """
+
+    shown: str
+    ids: tuple[int, ...]
 
 
-@torch.no_grad()
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """Asks the model that trains; training is the same with and without, bit for bit.
+
+    Attributes:
+        model: a `PeftModel` or `PreTrainedModel`.
+        tokenizer: its tokenizer.
+        prompts: what it is asked, at least one.
+        max_new_tokens: upper bound of each answer's length.
+        stop: what ends an answer.
+        context: in which it generates: stock attention and autocast.
+    """
+
+    model: Any
+    tokenizer: Any
+    prompts: tuple[SamplePrompt, ...]
+    max_new_tokens: int
+    stop: Stop
+    context: Callable[[], AbstractContextManager[object]]
+
+    def answers(self) -> list[str]:
+        """The answer to each prompt."""
+        ids = [prompt.ids for prompt in self.prompts]
+        with _same_rng(), self.context():
+            return sample_answers(
+                self.model, self.tokenizer, ids, max_new_tokens=self.max_new_tokens, stop=self.stop
+            )
+
+
 def sample_answers(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    autocast: AbstractContextManager[object],
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Stop
 ) -> list[str]:
-    """Answers of the model to rendered prompts, decoded without control tokens.
+    """Answers of the model to prompts, decoded without control tokens.
 
     Args:
-        prompts: rendered text that ends where the model is to go on.
+        prompts: tokens of each prompt, that end where the model is to go on. Where the model has no position for
+            the end of an answer, the prompt's first ones are left out.
         max_new_tokens: upper bound of each answer's length.
+        stop: what ends an answer.
     """
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    longest = max(map(len, encoded))
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded], device=model.device)
-    with evaluating(model), autocast:
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in output]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None:
+        prompts = [prompt[-max(1, positions - max_new_tokens) :] for prompt in prompts]
+    answers = generate(model, tokenizer, prompts, sampling=Sampling(max_new_tokens), stop=stop)
+    return [answer.text for answer in answers]
+
+
+@contextmanager
+def _same_rng() -> Iterator[None]:
+    """Within the block random numbers may be drawn; afterwards every generator is where it was."""
+    tensors, rng = rng_state()
+    try:
+        yield
+    finally:
+        restore_rng(tensors, rng)
