@@ -6,8 +6,8 @@ import json
 import math
 from pathlib import Path
 
-from tunesmith.contracts.events import Evaluated, Stepped, Warned
-from tunesmith.training.metrics import EventLog, draw_loss_curve, read_events
+from tunesmith.contracts.events import Stepped, Warned
+from tunesmith.training.metrics import EventLog, read_events
 
 
 def _step(number: int, loss: float) -> Stepped:
@@ -49,13 +49,3 @@ def test_a_new_run_starts_an_empty_file(tmp_path: Path):
     (tmp_path / "events.jsonl").write_text('{"event": "step", "step": 1}\n')
     EventLog(tmp_path / "events.jsonl").close()
     assert read_events(tmp_path / "events.jsonl") == []
-
-
-def test_the_curve_is_a_png_and_skips_what_is_not_finite(tmp_path: Path):
-    events = [_step(n, loss).record() for n, loss in enumerate((3.0, 2.0, 1.5), start=1)]
-    events.append(Evaluated(step=3, loss=1.4, tokens=9, seconds=0.1).record())
-    events.append({**_step(4, 1.0).record(), "loss": "nan"})
-    assert draw_loss_curve(events, tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert not draw_loss_curve([], tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()

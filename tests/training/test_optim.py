@@ -10,7 +10,8 @@ from torch import nn
 
 from tests.support.tiny import tiny_llama
 from tunesmith.models.adapter import add_lora
-from tunesmith.training.optim import OPTIMIZERS, SCHEDULES, Schedule, build_optimizer, parameter_groups
+from tunesmith.training.groups import parameter_groups
+from tunesmith.training.optim import OPTIMIZERS, SCHEDULES, Schedule, build_optimizer
 
 
 def test_matrices_decay_and_vectors_do_not():

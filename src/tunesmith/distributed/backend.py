@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,10 +31,13 @@ class Gradients:
     Attributes:
         losses: one detached scalar per micro-batch; their sum is the loss of the step.
         total: the step's denominator over all micro-batches and ranks.
+        squares: where they were asked for, float64 `[micro-batches]`: the squared norm of what each added to the
+            gradients, without the loss scale.
     """
 
     losses: tuple[Tensor, ...]
     total: float
+    squares: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +62,21 @@ class Update:
 class Backend(Protocol):
     """How one optimizer step runs on the devices of a run."""
 
-    def forward_backward(self, micro_batches: Sequence[TokenBatch], loss: Loss) -> Gradients:
-        """Accumulate gradients over CPU micro-batches; the denominator is counted before the first forward."""
+    def forward_backward(
+        self, micro_batches: Sequence[TokenBatch], loss: Loss, *, squares: bool = False
+    ) -> Gradients:
+        """Accumulate gradients over CPU micro-batches; the denominator is counted before the first forward.
+
+        Args:
+            squares: also measure what each micro-batch adds; the gradients are the same.
+        """
+        ...
+
+    def gradient_squares(self) -> dict[str, Tensor]:
+        """The squared norm of the gradient of each trained parameter by its name, float64 scalars on the device.
+
+        To be called between `forward_backward` and `clip_and_step`; without the loss scale.
+        """
         ...
 
     def clip_and_step(self, gradients: Gradients, max_norm: float | None) -> Update:
@@ -80,4 +97,12 @@ class Backend(Protocol):
 
     def load_trained_parameters(self, tensors: Mapping[str, Tensor]) -> None:
         """Write whole tensors back into the parameters that are trained."""
+        ...
+
+    def for_measuring(self) -> AbstractContextManager[None]:
+        """The context in which the model is what the run leaves behind: around evaluation, samples and the result.
+
+        A schedule-free optimizer takes gradients at one point and answers with another; afterwards the parameters are
+        bit for bit what they were. Checkpoints are written outside it.
+        """
         ...

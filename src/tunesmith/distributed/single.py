@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from tunesmith.contracts.batch import TokenBatch
 from tunesmith.distributed.backend import Gradients, Loss, Update
+from tunesmith.distributed.gradient_norms import added_square, changed_square, squared_norm
 from tunesmith.distributed.graphs import MicroBatchGraphs
 
 
@@ -60,13 +62,32 @@ class SingleDevice:
             cache_enabled=cache,
         )
 
-    def forward_backward(self, micro_batches: Sequence[TokenBatch], loss: Loss) -> Gradients:
-        """Accumulate gradients over CPU micro-batches; the denominator is counted before the first forward."""
+    def forward_backward(
+        self, micro_batches: Sequence[TokenBatch], loss: Loss, *, squares: bool = False
+    ) -> Gradients:
+        """Accumulate gradients over CPU micro-batches; the denominator is counted before the first forward.
+
+        Args:
+            squares: also measure what each micro-batch adds; the gradients are the same.
+        """
         total = math.fsum(loss.count(batch) for batch in micro_batches)
         assert total > 0, "rows without supervised tokens are dropped when data is prepared"
         run = self._graphs_of(loss).forward_backward if self.use_graphs else partial(self._run, loss)
-        losses = [run(batch, total) for batch in micro_batches]
-        return Gradients(tuple(losses), total)
+        if not squares:
+            return Gradients(tuple(run(batch, total) for batch in micro_batches), total)
+        measured = changed_square if self.use_graphs else added_square
+        found: list[Tensor] = []
+        losses: list[Tensor] = []
+        for batch in micro_batches:
+            with measured(self._parameters(), found):
+                losses.append(run(batch, total))
+        return Gradients(tuple(losses), total, torch.stack(found) / self.scaler.get_scale() ** 2)
+
+    def gradient_squares(self) -> dict[str, Tensor]:
+        """The squared norm of each parameter's gradient, before `clip_and_step` and without the loss scale."""
+        scale = self.scaler.get_scale() ** 2
+        named = [(name, p.grad) for name, p in self.module.named_parameters() if p.grad is not None]
+        return {name: squared_norm(gradient) / scale for name, gradient in named}
 
     def _run(self, loss: Loss, batch: TokenBatch, total: float) -> Tensor:
         with self.autocast():
@@ -147,8 +168,12 @@ class SingleDevice:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned."""
+        """Restore what `state` returned, but for the ratios of learning rates, which are those of the settings."""
+        ratios = [group.get("lr_ratio") for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, ratio in zip(self.optimizer.param_groups, ratios, strict=True):
+            if ratio is not None:
+                group["lr_ratio"] = ratio
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
 
@@ -166,3 +191,8 @@ class SingleDevice:
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(tensors[name])
+
+    def for_measuring(self) -> AbstractContextManager[None]:
+        """The context in which the model is what the run leaves behind; see `Backend`."""
+        measuring: AbstractContextManager[None] = getattr(self.optimizer, "measuring", nullcontext)()
+        return measuring

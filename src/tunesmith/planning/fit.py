@@ -26,16 +26,26 @@ STOCK_POLICIES = ("keep", "recompute")
 STATE_BYTES = {
     "adamw": 8.0,
     "adamw_8bit": 2.0 + 2 * 4 / 256,
+    "paged_adamw_32bit": 8.0,
     "paged_adamw_8bit": 2.0 + 2 * 4 / 256,
+    "adamw_torch_8bit": 2.0 + 2 * 4 / 256,
+    "adamw_torch_4bit": 1.0 + 2 * 4 / 128,
+    "adamw_torch_fp8": 2.0 + 2 * 4 / 256,
+    "schedule_free_adamw": 8.0,
+    "muon": 8.0,
+    "lion_32bit": 4.0,
     "lion_8bit": 1.0 + 4 / 256,
+    "ademamix": 12.0,
+    "ademamix_8bit": 3.0 + 3 * 4 / 256,
     "adafactor": 0.0,
     "sgd": 4.0,
 }
 """Bytes of an optimizer's state for each trained parameter: moments in float32, or in 8 bits with a float32 scale for
-256 of them; Adafactor's rows and columns are too few to count."""
+256 of them (in 4 bits for 128); Adafactor's rows and columns are too few to count. Muon's are 4 of a hidden matrix
+and 8 of the rest, which is what all is counted as."""
 
 
-ROUNDING = ("adamw", "adamw_8bit")
+ROUNDING = ("adamw", "adamw_8bit", "adamw_torch_8bit", "adamw_torch_4bit", "adamw_torch_fp8")
 """Optimizers that round weights in bfloat16 stochastically, so that they can be trained as such."""
 
 

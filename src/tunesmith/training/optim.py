@@ -1,19 +1,25 @@
 """The tables of optimizers and learning-rate schedules.
 
 A schedule is used as a pure function of the step number: nothing of it needs saving, and a skipped step does not
-shift it. Weight decay is applied to matrices only, not to biases, norm weights and other vectors.
+shift it. Optimizers of other packages are imported where they are built, so that a run needs those it uses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tunesmith.contracts.errors import UserError
+from tunesmith.training import low_bit, schedule_free
 from tunesmith.training.fused_adamw import FusedAdamW, fits, plain, rounds
 from tunesmith.training.fused_adamw_8bit import FusedAdamW8bit
+from tunesmith.training.groups import Pattern, parameter_groups
+from tunesmith.training.muon import MuonWithAdamW, hidden_matrices
 
 Factory = Callable[[list[dict[str, Any]], float, tuple[float, float]], torch.optim.Optimizer]
 
@@ -45,11 +51,16 @@ def _adafactor(
     return Adafactor(groups, lr=rate, scale_parameter=False, relative_step=False, warmup_init=False)
 
 
-def _bitsandbytes(name: str) -> Factory:
+def _muon(groups: list[dict[str, Any]], rate: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    return MuonWithAdamW(groups, rate, partial(_adamw, rate=rate, betas=betas))
+
+
+def _bitsandbytes(name: str, *more_betas: float) -> Factory:
     def build(groups: list[dict[str, Any]], rate: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
         import bitsandbytes
 
-        optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, name)(groups, lr=rate, betas=betas)
+        kind = getattr(bitsandbytes.optim, name)
+        optimizer: torch.optim.Optimizer = kind(groups, lr=rate, betas=(*betas, *more_betas))
         return optimizer
 
     return build
@@ -58,11 +69,28 @@ def _bitsandbytes(name: str) -> Factory:
 OPTIMIZERS: dict[str, Factory] = {
     "adamw": _adamw,
     "adamw_8bit": _adamw_8bit,
+    "paged_adamw_32bit": _bitsandbytes("PagedAdamW"),
     "paged_adamw_8bit": _bitsandbytes("PagedAdamW8bit"),
+    "adamw_torch_8bit": partial(low_bit.build, "AdamW8bit"),
+    "adamw_torch_4bit": partial(low_bit.build, "AdamW4bit"),
+    "adamw_torch_fp8": partial(low_bit.build, "AdamWFp8"),
+    "schedule_free_adamw": schedule_free.build,
+    "muon": _muon,
+    "lion_32bit": _bitsandbytes("Lion"),
     "lion_8bit": _bitsandbytes("Lion8bit"),
+    "ademamix": _bitsandbytes("AdEMAMix", 0.9999),
+    "ademamix_8bit": _bitsandbytes("AdEMAMix8bit", 0.9999),
     "adafactor": _adafactor,
     "sgd": _sgd,
 }
+
+PACKAGES = {
+    "adamw_torch_8bit": "torchao",
+    "adamw_torch_4bit": "torchao",
+    "adamw_torch_fp8": "torchao",
+    "schedule_free_adamw": "schedulefree",
+}
+"""Packages that are an extra, `optimizers`, by the optimizers that need them."""
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     # name in transformers: its own options
@@ -74,53 +102,18 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
-def parameter_groups(
-    model: nn.Module,
-    weight_decay: float,
-    *,
-    learning_rate: float,
-    loraplus_lr_ratio: float | None = None,
-    embedding_learning_rate: float | None = None,
-) -> list[dict[str, Any]]:
-    """The trained parameters by weight decay and learning rate; empty groups are left out.
+def check_installed(name: str) -> None:
+    """Notice before a run begins that the package of an optimizer is missing.
 
-    Matrices decay, the rest does not. A group whose rate is not `learning_rate` has it as `lr_ratio`, a multiple.
-
-    Args:
-        learning_rate: the peak of most parameters.
-        loraplus_lr_ratio: rate of the B matrices of LoRA adapters over that of the others (LoRA+,
-            https://arxiv.org/abs/2402.12354).
-        embedding_learning_rate: peak of what trains of the embeddings and the head.
+    Raises:
+        UserError: it is.
     """
-    embedding_ratio = 1.0 if embedding_learning_rate is None else embedding_learning_rate / learning_rate
-    embeddings = _embedding_parameters(model)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        ratio = loraplus_lr_ratio or 1.0 if ".lora_B." in name else 1.0
-        ratio = embedding_ratio if id(parameter) in embeddings else ratio
-        groups.setdefault((ratio, parameter.ndim >= 2), []).append(parameter)
-    return [
-        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
-        | ({"lr_ratio": ratio} if ratio != 1.0 else {})
-        for (ratio, decays), parameters in sorted(
-            groups.items(), key=lambda item: (item[0][0], not item[0][1])
+    package = PACKAGES.get(name)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"train.optimizer: {name} is of the package {package}, which is not installed.",
+            hint='Install it with `pip install "tunesmith[optimizers]"`, or use adamw or adamw_8bit.',
         )
-    ]
-
-
-def _embedding_parameters(model: Any) -> set[int]:
-    """Identities of the parameters of embeddings and head, adapters excepted."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    modules = [getattr(base, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
-    return {
-        id(parameter)
-        for module in modules
-        if module is not None
-        for name, parameter in module.named_parameters()
-        if "lora_" not in name
-    }
 
 
 def build_optimizer(
@@ -132,14 +125,22 @@ def build_optimizer(
     betas: tuple[float, float],
     loraplus_lr_ratio: float | None = None,
     embedding_learning_rate: float | None = None,
+    patterns: Sequence[Pattern] = (),
 ) -> torch.optim.Optimizer:
-    """The optimizer `name` over the parameters of `model` that require grad, see `parameter_groups`."""
+    """The optimizer `name` over the parameters of `model` that require grad, see `parameter_groups`.
+
+    Raises:
+        UserError: a pattern matches nothing that trains, or this optimizer cannot train this model here.
+    """
+    check_installed(name)
     groups = parameter_groups(
         model,
         weight_decay,
         learning_rate=learning_rate,
         loraplus_lr_ratio=loraplus_lr_ratio,
         embedding_learning_rate=embedding_learning_rate,
+        patterns=patterns,
+        apart=hidden_matrices(model) if name == "muon" else (),
     )
     return OPTIMIZERS[name](groups, learning_rate, betas)
 
@@ -180,5 +181,9 @@ class Schedule:
         """Set the learning rate of every group for this step and return that of most."""
         rate = self.at(step)
         for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_ratio", 1.0)
+            own = rate * group.get("lr_ratio", 1.0)
+            if isinstance(group["lr"], Tensor):  # compiled code reads it anew at each step
+                group["lr"].fill_(own)
+            else:
+                group["lr"] = own
         return rate

@@ -6,8 +6,18 @@ import logging
 import warnings
 
 
+def quiet_imports() -> None:
+    """Silence what is said while libraries are imported; call it before they are.
+
+    Transformers imports torchao where it is installed, which names each of its kernels that this machine cannot load.
+    """
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def quiet_libraries() -> None:
-    """Silence progress bars and warnings of transformers, datasets and bitsandbytes; errors still come through."""
+    """Silence progress bars and warnings of libraries that a run loads; errors still come through."""
+    quiet_imports()
     import datasets
     import transformers
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]

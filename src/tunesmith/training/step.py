@@ -16,6 +16,7 @@ from tunesmith.contracts.batch import TokenBatch
 from tunesmith.distributed.backend import Backend
 from tunesmith.models.head import CausalModel
 from tunesmith.objectives.api import Objective
+from tunesmith.training.noise_scale import NOTHING, Squares, Wanted, squares_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class StepResult:
         applied: whether parameters changed.
         fault: what was not finite, `loss` or `gradient`, or None. A float16 overflow is no fault.
         loss_scale: the float16 scaler's factor, 1.0 without one.
+        squares: what was measured of the gradients, where it was asked for.
     """
 
     loss: float
@@ -53,13 +55,19 @@ class StepResult:
     applied: bool
     fault: str | None
     loss_scale: float
+    squares: Squares | None = None
 
 
 def train_step(
-    backend: Backend, micro_batches: Sequence[TokenBatch], loss: ObjectiveLoss, max_grad_norm: float | None
+    backend: Backend,
+    micro_batches: Sequence[TokenBatch],
+    loss: ObjectiveLoss,
+    max_grad_norm: float | None,
+    wanted: Wanted = NOTHING,
 ) -> StepResult:
-    """Accumulate the gradients of one step, check them, clip them, apply them."""
-    gradients = backend.forward_backward(micro_batches, loss)
+    """Accumulate the gradients of one step, measure what is wanted of them, check them, clip them, apply them."""
+    gradients = backend.forward_backward(micro_batches, loss, squares=wanted.noise)
+    squares = squares_of(backend, gradients) if any(wanted) else None
     update = backend.clip_and_step(gradients, max_grad_norm)
     mean = sum(update.losses)  # not fsum, which refuses infinities of both signs
     fault = None
@@ -67,4 +75,6 @@ def train_step(
         fault = "loss"
     elif not update.applied and not update.overflowed:
         fault = "gradient"
-    return StepResult(mean, update.losses, update.grad_norm, update.applied, fault, update.loss_scale)
+    return StepResult(
+        mean, update.losses, update.grad_norm, update.applied, fault, update.loss_scale, squares
+    )
