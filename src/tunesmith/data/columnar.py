@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.contracts.errors import DataError
-from tunesmith.data.found import Found
+from tunesmith.data.found import Found, Stored
 
 _ROWS_AT_ONCE = 1024
 
@@ -29,19 +29,20 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def read_parquet(path: Path, label: str) -> Iterator[Found]:
+def read_parquet(path: Stored, label: str) -> Iterator[Found]:
     """Rows of a Parquet file, in batches; the place is `file:row N`, from 0."""
     import pyarrow.parquet
 
     with _arrow_errors(label, "Parquet"):
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else path.open("rb"))
         yield from _number_rows(file.iter_batches(batch_size=_ROWS_AT_ONCE), label)
 
 
-def read_arrow(path: Path, label: str) -> Iterator[Found]:
+def read_arrow(path: Stored, label: str) -> Iterator[Found]:
     """Rows of an Arrow IPC file, in the stream form (as `datasets` writes) or the file form."""
     import pyarrow
 
+    assert isinstance(path, Path), "it is mapped into memory, so one that lies elsewhere is copied first"
     with _arrow_errors(label, "Arrow"), pyarrow.memory_map(str(path)) as stream:
         if stream.size() == 0:
             return

@@ -21,13 +21,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from tunesmith.contracts.errors import DataError
 from tunesmith.data.columnar import read_arrow, read_parquet
-from tunesmith.data.found import Found
+from tunesmith.data.found import Found, Stored
 
-Reader = Callable[[Path, str], Iterator[Found]]
+Reader = Callable[[Stored, str], Iterator[Found]]
 """Takes the file and the name under which its rows are reported."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -41,14 +41,14 @@ _TURN_KEYS = ("messages", "conversations")
 
 
 @contextmanager
-def _open_binary(path: Path, label: str) -> Iterator[IO[bytes] | gzip.GzipFile]:
+def _open_binary(path: Stored, label: str) -> Iterator[IO[bytes] | gzip.GzipFile]:
     """The file's bytes, unzipped where its name ends in `.gz`."""
     try:
-        if path.suffix.lower() == ".gz":
-            with gzip.open(path, "rb") as unzipped:
-                yield unzipped
-        else:
-            with path.open("rb") as stream:
+        with path.open("rb") as stream:
+            if path.name.lower().endswith(".gz"):
+                with gzip.open(stream, "rb") as unzipped:
+                    yield unzipped
+            else:
                 yield stream
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
@@ -73,7 +73,7 @@ def _not_utf8(byte: int, column: int) -> str:
     return f"line is not valid UTF-8 (byte 0x{byte:02x} at column {column})"
 
 
-def _lines(path: Path, label: str) -> Iterator[tuple[str, str | None, str]]:
+def _lines(path: Stored, label: str) -> Iterator[tuple[str, str | None, str]]:
     """Place, text and problem of every line that is not blank; text is None where there is a problem."""
     with _open_binary(path, label) as stream:
         for number, raw in enumerate(stream, start=1):
@@ -89,13 +89,13 @@ def _lines(path: Path, label: str) -> Iterator[tuple[str, str | None, str]]:
                 yield where, line, ""
 
 
-def read_text(path: Path, label: str) -> Iterator[Found]:
+def read_text(path: Stored, label: str) -> Iterator[Found]:
     """Every line that is not blank is a row `{"text": line}`."""
     for where, line, problem in _lines(path, label):
         yield Found(where, None, problem) if line is None else Found(where, {"text": line})
 
 
-def read_json_lines(path: Path, label: str) -> Iterator[Found]:
+def read_json_lines(path: Stored, label: str) -> Iterator[Found]:
     """One JSON object per line; blank lines are skipped."""
     for where, line, problem in _lines(path, label):
         if line is None:
@@ -208,7 +208,7 @@ def _key_of_rows(value: dict[str, Any]) -> str | None:
     return next(iter(named + alone), None)
 
 
-def read_json(path: Path, label: str) -> Iterator[Found]:
+def read_json(path: Stored, label: str) -> Iterator[Found]:
     """An array of objects, an object that holds one (under `data`, `rows`, `train`, ...), or JSON lines.
 
     Raises:
@@ -228,7 +228,7 @@ def read_json(path: Path, label: str) -> Iterator[Found]:
         raise document.broken("expected '[' or '{'", document.position)
 
 
-def _read_json_object(document: _JsonText, path: Path, label: str) -> Iterator[Found]:
+def _read_json_object(document: _JsonText, path: Stored, label: str) -> Iterator[Found]:
     start = document.position
     line = document.line()
     first_line_end = document.text.find("\n", start)
@@ -253,7 +253,7 @@ def _read_json_object(document: _JsonText, path: Path, label: str) -> Iterator[F
     yield from document.rows()
 
 
-def _read_table(path: Path, label: str, dialect: type[csv.Dialect]) -> Iterator[Found]:
+def _read_table(path: Stored, label: str, dialect: type[csv.Dialect]) -> Iterator[Found]:
     csv.field_size_limit(sys.maxsize)  # the module's own limit of 128 KiB a field is a guard against our rows
     with _open_binary(path, label) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -298,14 +298,22 @@ def _table_row(where: str, header: list[str], fields: list[str]) -> Found:
     return Found(where, dict(zip(header, fields, strict=True)))
 
 
-def read_csv(path: Path, label: str) -> Iterator[Found]:
+def read_csv(path: Stored, label: str) -> Iterator[Found]:
     """Comma-separated values; the first line names the columns, and every cell is text."""
     return _read_table(path, label, csv.excel)
 
 
-def read_tsv(path: Path, label: str) -> Iterator[Found]:
+def read_tsv(path: Stored, label: str) -> Iterator[Found]:
     """Tab-separated values; the first line names the columns, and every cell is text."""
     return _read_table(path, label, csv.excel_tab)
+
+
+class Located(NamedTuple):
+    """A file with the name under which its rows are reported, and what reads it."""
+
+    path: Stored
+    label: str
+    read: Reader
 
 
 TEXT_READERS: dict[str, Reader] = {

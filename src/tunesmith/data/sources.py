@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,10 @@ from tunesmith.contracts.errors import DataError
 from tunesmith.data.columnar import read_arrow
 from tunesmith.data.found import Found
 from tunesmith.data.hub import HubRows, looks_like_hub_name
-from tunesmith.data.readers import READERS, suffix_of
+from tunesmith.data.readers import READERS, Located, suffix_of
+from tunesmith.data.remote import Tell
+from tunesmith.data.remote_files import RemoteFiles
+from tunesmith.settings.urls import is_url
 
 _BLOCK, _BLOCKS = 2**16, 64
 """Bytes that a stamp reads at once, and how often."""
@@ -158,21 +161,26 @@ def open_source(
     name: str | None = None,
     revision: str | None = None,
     streaming: bool = False,
+    tell: Tell | None = None,
 ) -> Source:
-    """Open a file, a folder, a glob pattern or a Hugging Face data set for reading.
+    """Open a file, a folder, a glob pattern, an address or a Hugging Face data set for reading.
 
     Args:
         path: a file of a kind in `READERS`; a folder of files of one kind; a folder written by
-            `datasets.save_to_disk`; a glob pattern; or, where nothing local has that name, a hub id.
+            `datasets.save_to_disk`; a glob pattern; an address that begins with `https://` or `s3://`; or, where
+            nothing local has that name, a hub id.
         split: name and slice, such as `train`, `train[:1000]`, `train[10%:20%]`, `[5:]`, `[-100:]`.
         name: configuration of a hub data set.
         revision: branch, tag or commit of a hub data set.
-        streaming: read a hub data set as it comes, without downloading it first; files always are.
+        streaming: read what lies elsewhere as it comes, without downloading it first; files always are read so.
+        tell: gets lines about downloads from addresses.
 
     Raises:
         DataError: where nothing has that name, or the kind of file is unknown.
     """
     label = str(path)
+    if is_url(label):
+        return _open_remote(RemoteFiles(label, streaming=streaming, tell=tell), split, is_local=not streaming)
     local = Path(label).expanduser()
     split_name, part = parse_split(split)
     selection = json.dumps([split, name, revision])
@@ -208,19 +216,26 @@ def open_source(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    path: Path
-    label: str
-    read: Callable[[Path, str], Iterator[Found]]
+def _open_remote(remote: RemoteFiles, split: str | None, *, is_local: bool) -> Source:
+    split_name, part = parse_split(split)
+    _refuse_split(split_name, remote.label)
+    return Source(
+        remote.label,
+        split or "",
+        part,
+        lambda: _read_all(remote.files),
+        lambda: _hash_all(remote.files),
+        remote.stamp,
+        is_local=is_local,
+    )
 
 
-def _read_all(files: list[_File]) -> Iterator[Found]:
+def _read_all(files: Sequence[Located]) -> Iterator[Found]:
     for file in files:
         yield from file.read(file.path, file.label)
 
 
-def _hash_all(files: list[_File]) -> str:
+def _hash_all(files: Sequence[Located]) -> str:
     total = hashlib.sha256()
     for file in files:
         try:
@@ -228,11 +243,11 @@ def _hash_all(files: list[_File]) -> str:
                 content = hashlib.file_digest(stream, "sha256").digest()
         except OSError as error:
             raise DataError(f"{file.label} cannot be read: {error.strerror or error}.") from error
-        total.update(suffix_of(file.path).encode() + b"\0" + content)
+        total.update(suffix_of(file.path.name).encode() + b"\0" + content)
     return total.hexdigest()
 
 
-def _stamp_all(files: list[_File]) -> str:
+def _stamp_all(files: Sequence[Located]) -> str:
     """Labels and sizes of the files, and a hash of blocks spread over each: of small files it covers every byte."""
     found = []
     for file in files:
@@ -250,7 +265,7 @@ def _stamp_all(files: list[_File]) -> str:
     return json.dumps(found)
 
 
-def _find_files(local: Path, label: str, split_name: str | None) -> list[_File]:
+def _find_files(local: Path, label: str, split_name: str | None) -> list[Located]:
     if local.is_dir():
         if (local / "dataset_dict.json").is_file():
             return _saved_dict(local, label, split_name)
@@ -271,14 +286,14 @@ def _find_files(local: Path, label: str, split_name: str | None) -> list[_File]:
     return files
 
 
-def _file(path: Path, label: str) -> _File:
+def _file(path: Path, label: str) -> Located:
     reader = READERS.get(suffix_of(path))
     if reader is None:
         raise DataError(
             f"{label} is of a kind that cannot be read ({suffix_of(path) or 'no suffix'}).",
             hint=f"The kinds that can be read: {', '.join(READERS)}.",
         )
-    return _File(path, label, reader)
+    return Located(path, label, reader)
 
 
 def _refuse_split(split_name: str | None, label: str, known: tuple[str, ...] = ("train",)) -> None:
@@ -301,7 +316,7 @@ def _split_of(path: Path) -> str | None:
     return _SPLIT_OF_NAME.get(re.split(r"[-_.]", path.name.lower())[0])
 
 
-def _folder_files(folder: Path, label: str, split_name: str | None) -> list[_File]:
+def _folder_files(folder: Path, label: str, split_name: str | None) -> list[Located]:
     """Files of one kind in the folder and below; those of one split where their names tell splits."""
     paths = sorted(
         path
@@ -333,20 +348,20 @@ def _folder_files(folder: Path, label: str, split_name: str | None) -> list[_Fil
     return [_file(path, f"{label.rstrip('/')}/{path.relative_to(folder)}") for path in paths]
 
 
-def _saved_dict(folder: Path, label: str, split_name: str | None) -> list[_File]:
+def _saved_dict(folder: Path, label: str, split_name: str | None) -> list[Located]:
     splits = _read_metadata(folder / "dataset_dict.json", "splits")
     wanted = split_name or "train"
     _refuse_split(wanted, label, tuple(str(split) for split in splits))
     return _saved_files(folder / wanted, f"{label.rstrip('/')}/{wanted}")
 
 
-def _saved_files(folder: Path, label: str) -> list[_File]:
+def _saved_files(folder: Path, label: str) -> list[Located]:
     """The Arrow files of a folder written by `datasets.save_to_disk`, in their order."""
     names = [entry["filename"] for entry in _read_metadata(folder / "state.json", "_data_files")]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise DataError(f"{label} is incomplete: its file {missing[0]} is missing.", hint="Save it again.")
-    return [_File(folder / name, f"{label.rstrip('/')}/{name}", read_arrow) for name in names]
+    return [Located(folder / name, f"{label.rstrip('/')}/{name}", read_arrow) for name in names]
 
 
 def _read_metadata(path: Path, key: str) -> list[Any]:
