@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +12,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
+from tests.support.results import adapted, disturbed
 from tests.support.tiny import save_tiny_model, tiny_llama
 from tunesmith.contracts.errors import StorageError, UserError
+from tunesmith.export import merged, merged_files
 from tunesmith.export.merged import save_merged
-from tunesmith.models.adapter import add_lora
-from tunesmith.models.loader import load_model
 
-CPU = torch.device("cpu")
 IDS = torch.arange(3, 40)[None]
-
-
-def disturbed(model: Any) -> Any:
-    """The model as if it had been trained, as far as its numbers go."""
-    torch.manual_seed(3)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    return model.eval()
-
-
-def adapted(folder: Path, quantize: str = "none", **options: Any) -> Any:
-    """A model with an adapter that has been trained."""
-    model = load_model(str(folder), device=CPU, dtype=torch.float32, quantize=quantize)
-    values = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear", "seed": 1}
-    return disturbed(add_lora(model, **(values | options)))
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -195,9 +179,98 @@ def test_a_folder_that_holds_an_adapter(tmp_path: Path, tiny_model_dir: Path) ->
 
 
 def test_a_disk_that_is_full(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "merged"
+    save_merged(adapted(tiny_model_dir), folder, torch.float32)
+    before = (folder / "model.safetensors").read_bytes()
+
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
+    monkeypatch.setattr(merged_files, "save_file", full)
     with pytest.raises(StorageError, match="cannot be written: No space left"):
-        save_merged(adapted(tiny_model_dir), tmp_path, torch.float32)
+        save_merged(adapted(tiny_model_dir), folder, torch.float32)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_shards_hold_no_more_than_they_may_and_replace_older_files(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    model, folder = adapted(tiny_model_dir), tmp_path / "merged"
+    expected = logits(model)
+    save_merged(model, folder, torch.float32)
+    save_merged(model, folder, torch.float32, "30KB")
+    assert not (folder / "model.safetensors").exists()
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert {path.name for path in shards} == set(index["weight_map"].values())
+    sizes = [sum(tensor.nbytes for tensor in load_file(path).values()) for path in shards]
+    assert sum(sizes) == index["metadata"]["total_size"]
+    # the embeddings alone are larger, and have a file of their own
+    assert sorted(sizes)[-1] == 384 * 32 * 4
+    assert all(size <= 30_000 for size in sorted(sizes)[:-1])
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+    save_merged(model, folder, torch.float32)
+    assert not list(folder.glob("model*-*.safetensors")) + list(folder.glob("*.index.json"))
+
+
+def test_memory_holds_one_shard(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the tensors made for the files no more are alive at a time than a shard, a layer and the embeddings."""
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = [0]
+    plain = merged.on_host
+
+    def watched(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        made = plain(name, tensor, dtype)
+        alive.add(made)
+        most[0] = max(most[0], sum(each.nbytes for each in alive))
+        return made
+
+    monkeypatch.setattr(merged, "on_host", watched)
+    save_merged(adapted(tiny_model_dir), tmp_path / "merged", torch.bfloat16, "8KB")
+    total = sum(
+        tensor.nbytes
+        for path in (tmp_path / "merged").glob("*.safetensors")
+        for tensor in load_file(path).values()
+    )
+    layer = total - 384 * 32 * 2
+    embeddings = 384 * 32 * 2
+    assert most[0] <= 8_000 + layer / 2 + 2 * embeddings
+    assert most[0] < total + embeddings
+
+
+def test_experts_lie_in_the_files_as_their_family_has_them(tmp_path: Path) -> None:
+    model = disturbed(
+        get_peft_model(_experts(), LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    )
+    save_merged(model, tmp_path / "merged", torch.float32)
+    _experts().save_pretrained(tmp_path / "plain")
+    names = [set(load_file(tmp_path / folder / "model.safetensors")) for folder in ("merged", "plain")]
+    assert names[0] == names[1]
+    assert any("experts.0.gate_proj" in name for name in names[0])
+
+
+def test_a_value_that_float16_cannot_hold(tmp_path: Path, tiny_model_dir: Path) -> None:
+    model = adapted(tiny_model_dir)
+    with torch.no_grad():
+        model.get_base_model().model.norm.weight[3] = 1e6
+    with pytest.raises(UserError, match=r"model.norm.weight has values that float16 cannot hold"):
+        save_merged(model, tmp_path / "merged", torch.float16)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("size", "count"), [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("1.5KiB", 1536), ("2000", 2000)]
+)
+def test_sizes(size: str, count: int) -> None:
+    assert merged_files.bytes_of(size) == count
+
+
+@pytest.mark.parametrize("size", ["", "big", "5XB", "-1GB", "0"])
+def test_what_is_no_size(size: str) -> None:
+    with pytest.raises(UserError, match="is no size of a file"):
+        merged_files.bytes_of(size)

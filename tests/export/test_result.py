@@ -15,12 +15,13 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests.support.runs import build, run_settings
 from tests.support.tiny import CHATML, save_tiny_model, tiny_llama, tiny_tokenizer
-from tunesmith.config import execute
+from tunesmith.config.leave_result import leave_result
 from tunesmith.config.load import load_settings
 from tunesmith.contracts.errors import StorageError
 from tunesmith.export import result
@@ -35,7 +36,7 @@ def trained(settings: dict[str, Any]) -> tuple[Any, Path]:
     run, _ = build(settings)
     with run.packed():
         outcome = run.trainer.train()
-    folder = execute._save(run, Path(settings["output"]["dir"]), outcome)
+    folder = leave_result(run, Path(settings["output"]["dir"]), outcome, Console(quiet=True)).path
     return run, folder
 
 

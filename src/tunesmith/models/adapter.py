@@ -166,8 +166,11 @@ def _in_float32(model: Any) -> Any:
     return model
 
 
-def load_lora(model: Any, path: str) -> Any:
+def load_lora(model: Any, path: str, *, assign: bool = False) -> Any:
     """Freeze `model` and continue training the adapter saved in `path`.
+
+    Args:
+        assign: put the saved tensors in the places of the model's own, and copy nothing into those.
 
     Raises:
         UserError: the folder holds no LoRA adapter in safetensors, or it does not fit the model.
@@ -184,7 +187,9 @@ def load_lora(model: Any, path: str) -> Any:
     try:
         widen_for(model, _rows_in(folder, embedding_name(model)))
         with _renamed():
-            loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+            loaded = PeftModel.from_pretrained(
+                model, str(folder), is_trainable=True, low_cpu_mem_usage=assign
+            )
     except SafetensorError as error:
         raise UserError(
             f"adapter.path: the weights of the adapter in {folder} are damaged: {error}."
