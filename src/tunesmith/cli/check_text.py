@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text as Rich
 
 from tunesmith.contracts.plural import counted
+from tunesmith.contracts.visible import one_line, visible
 
 if TYPE_CHECKING:
     from tunesmith.config.check_report import DataCheck, Finding, Findings, Overlap, RunCheck
@@ -17,11 +18,6 @@ _BAR = 40
 MOST_TOKENS = 400
 """Of a longer row the first tokens are shown."""
 _EXAMPLES, _LINE = 3, 200
-_PICTURES = {
-    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
-    **dict.fromkeys(range(0x7F, 0xA0), 0xFFFD),
-}
-"""What is shown for a control character."""
 
 
 def print_check(run: RunCheck, console: Console) -> None:
@@ -122,7 +118,7 @@ def _print_findings(console: Console, title: str, findings: Findings, style: str
     for name, found in by_count(findings):
         console.print(Rich(f"  {found.count:,} × {visible(name)}", style=style), soft_wrap=True)
         for example in found.examples[:_EXAMPLES]:
-            console.print(Rich(f"      {one_line(example)}", style="dim"), soft_wrap=True)
+            console.print(Rich(f"      {one_line(example, _LINE)}", style="dim"), soft_wrap=True)
         if name in REMEDIES:
             console.print(Rich(f"      {REMEDIES[name]}", style="italic"), soft_wrap=True)
 
@@ -146,17 +142,6 @@ def overlap_lines(overlap: Overlap) -> Findings:
         "held-out rows that answer the prompt of a training row": overlap.same_prompt,
     }
     return {name: finding for name, finding in found.items() if finding.count}
-
-
-def visible(text: str) -> str:
-    """The text with control characters as pictures, one for one: data must not steer the terminal."""
-    return text.translate(_PICTURES)
-
-
-def one_line(text: str) -> str:
-    """The text on one line, cut where it is long."""
-    line = visible(" ".join(text.split()))
-    return line if len(line) <= _LINE else f"{line[: _LINE - 1]}…"
 
 
 def _print_row(check: DataCheck, console: Console) -> None:

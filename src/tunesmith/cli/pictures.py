@@ -1,26 +1,13 @@
-"""Pictures for the HTML report: a histogram as SVG, bars as boxes. They draw numbers and decide nothing.
-
-Everything is inside the page: no script, no font, no file of its own. Text goes through `escape`, whatever it is.
-"""
+"""The histogram of `tunesmith data check` as SVG. It draws numbers and decides nothing."""
 
 from __future__ import annotations
-
-import html
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.cli.check_text import visible
-
 _WIDTH, _HEIGHT, _BOTTOM, _TOP = 720, 220, 34, 16
 _BINS = 4
 """Bars of a doubling of the length."""
-
-
-def escape(text: object) -> str:
-    """Text as HTML that shows it: no tag, no attribute, no control character."""
-    return html.escape(visible(str(text)).encode("utf-8", "replace").decode(), quote=True)
 
 
 def histogram(lengths: NDArray[np.int64], limit: int) -> str:
@@ -70,22 +57,3 @@ def histogram(lengths: NDArray[np.int64], limit: int) -> str:
         f'<svg viewBox="-14 0 {_WIDTH + 28} {_HEIGHT}" role="img" aria-label="{label}">{"".join(drawn)}'
         f'<text class="unit" x="{_WIDTH / 2}" y="{_HEIGHT - 1}">tokens a document</text></svg>'
     )
-
-
-def bars(rows: Sequence[tuple[str, Sequence[tuple[str, int]], str]]) -> str:
-    """Named bars of one scale, each in parts.
-
-    Args:
-        rows: name; (class, value) of each part; what is written behind the bar.
-    """
-    most = max((sum(value for _, value in parts) for _, parts, _ in rows), default=0)
-    lines = []
-    for name, parts, said in rows:
-        boxes = "".join(
-            f'<i class="{kind}" style="width:{value / most * 100:.3f}%"></i>'
-            for kind, value in parts
-            if value
-        )
-        cells = (("name", escape(name)), ("bar", boxes), ("said", escape(said)))
-        lines.append("".join(f'<div class="{kind}">{content}</div>' for kind, content in cells))
-    return f'<div class="bars">{"".join(lines)}</div>'
