@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,54 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cli.command import exit_code
-from tunesmith.cli.pictures import bars, escape, histogram
+from tests.support.html import HOSTILE, Page, harmless
+from tunesmith.cli.pictures import histogram
+from tunesmith.export.page import bars, escape
 
 LIMIT = 128
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "\"><img src=x onerror='alert(2)'>",
-    "</pre></body></html><!--",
-    "&lt;b&gt; & &amp;",
-    "]]><style>*{display:none}</style>",
-    "\x1b[2J\x00\x07",
-    "\u202eright to left",
-]
 ELEMENTS = {
     "html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "div", "dl", "dt", "dd", "b", "i", "svg",
     "rect", "text", "line", "details", "summary", "span", "ul", "li", "pre", "mark",
 }  # fmt: skip
-
-
-class Page(HTMLParser):
-    """A page as a browser reads it: its elements, their attributes, and its text by the element around it."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.elements: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.open: list[str] = []
-        self.texts: list[tuple[str, str]] = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"</{tag}> closes another element"
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append((self.open[-1] if self.open else "", data))
-
-    def text(self, tag: str) -> str:
-        return "".join(text for around, text in self.texts if around == tag)
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
@@ -95,21 +55,11 @@ def page(tiny_model_dir: Path, tmp_path: Path, capsys):
     return run
 
 
-def harmless(page: Page) -> None:
-    """Nothing is loaded, nothing runs, and no element is there that the report does not make."""
-    assert set(page.elements) <= ELEMENTS
-    assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("src", "href")]
-    policy = next(value for name, value in page.attributes if name == "content" and "default-src" in value)
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
-    assert "url(" not in page.text("style")
-    assert "@import" not in page.text("style")
-
-
 def test_a_report_is_one_file_with_its_pictures(page) -> None:
     rows = [chat(f"why {n}?", "so " * n) for n in range(1, 60)]
     made, printed = page([*rows, chat("why 1?", "so "), chat("q", "")])
 
-    harmless(made)
+    harmless(made, ELEMENTS)
     assert made.open == []
     assert made.elements.count("svg") == 1
     assert made.elements.count("rect") >= 4
@@ -134,7 +84,7 @@ def test_a_hostile_row_is_text(page, text: str) -> None:
         [chat(text, text), {"messages": [{"role": text, "content": "x"}]}, {text: "x"}, chat("q", "a")]
     )
 
-    harmless(made)
+    harmless(made, ELEMENTS)
     assert made.open == []
     shown = made.text("pre") + made.text("mark")
     seen = escape(text)
@@ -148,7 +98,7 @@ def test_a_hostile_row_is_text(page, text: str) -> None:
 def test_a_hostile_name_of_a_file_is_text(page) -> None:
     made, _ = page([chat("q", "a")], name="<img src=x onerror=alert(1)>.jsonl")
 
-    harmless(made)
+    harmless(made, ELEMENTS)
     assert "<img src=x onerror=alert(1)>.jsonl" in made.text("h1")
 
 
@@ -175,7 +125,7 @@ def test_sources_stand_beside_each_other_with_what_they_share(page, tmp_path: Pa
     )
     made, _ = page([chat("q 1", "a"), chat("q 2", "b")], "--held-out", held)
 
-    harmless(made)
+    harmless(made, ELEMENTS)
     assert made.elements.count("svg") == 2
     assert "held-out rows that are training rows, too" in made.text("summary")
     assert "held-out rows that answer the prompt of a training row" in made.text("summary")

@@ -46,6 +46,27 @@ def test_the_demo_trains_and_shows_answers_before_and_after(tiny: Path, capsys, 
     assert "SmolLM2-135M-Instruct" in lines[0]
 
 
+def test_a_quiet_demo_prints_the_final_lines_only(tiny: Path, capsys) -> None:
+    succeed("demo", "--quiet", "train.steps=2")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert lines[0].startswith("held-out loss")
+    names = [line.split("  ")[0] for line in lines[:5]]
+    assert names == ["held-out loss", "best", "training", "adapter", "loss curve"]
+    assert not [line for line in lines if line.startswith(("step ", "question", "model ", "Tunesmith demo"))]
+
+
+def test_a_plain_demo_has_no_control_codes_on_a_terminal_either(tiny: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(demo, "execute", _few_tokens(demo.execute))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what a terminal is to rich
+    for name in ("CI", "NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for options, codes in (((), True), (("--plain",), False)):
+        succeed("demo", *options, "train.steps=2", f"output.dir=runs/{len(options)}")
+        out = capsys.readouterr().out
+        assert ("\x1b[" in out) is codes
+        assert ("step 1/2 · loss" in out) is not codes
+
+
 def _few_tokens(execute: Any) -> Any:
     return lambda *args, **options: execute(*args, **options, answer_tokens=4)
 

@@ -54,6 +54,7 @@ def test_the_files_of_a_run(run_file, tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
     assert {entry.name for entry in run.iterdir()} == {
         "run.yaml", "versions.json", "events.jsonl", "loss.png", "adapter", "checkpoints", ".lock",
+        "data.json", "masks.json", "report.html",
     }  # fmt: skip
     assert sorted(entry.name for entry in (run / "checkpoints").iterdir()) == [
         "step-00000003", "step-00000006", "step-00000008",
@@ -75,6 +76,7 @@ def test_the_files_of_a_run(run_file, tmp_path: Path, capsys) -> None:
         "4 rows held out",
         f"step {STEPS}/{STEPS}",
         "held-out loss",
+        "report.html",
     ):
         assert any(piece in line for line in lines), piece
     assert any(line.endswith(f"  {run / 'adapter'}") for line in lines), "a path in a log is not broken"

@@ -75,10 +75,11 @@ def test_small_models_are_recorded_and_large_ones_are_not():
         ({}, {"device": "cpu"}, {}, "no GPU"),
         ({}, {"scaled": True}, {}, "loss scale"),
         ({"deterministic": True}, {}, {}, "goes on"),
+        ({"neftune_alpha": 5.0}, {}, {}, "noise"),
         ({}, {}, {"dropout": 0.1}, "dropout"),
         ({}, {}, {"policy": "offload"}, "to the host"),
     ],
-    ids=["cpu", "float16", "deterministic", "dropout", "offload"],
+    ids=["cpu", "float16", "deterministic", "neftune", "dropout", "offload"],
 )
 def test_what_cannot_be_recorded_is_said_and_refused_where_asked_for(train, where, layers, reason):
     here = backend(**where)

@@ -224,13 +224,19 @@ def test_an_override_into_an_empty_section(write) -> None:
         ("train.steps", "not an override; expected section.key=value"),
         ("=3", "not an override; expected section.key=value"),
         ("--steps=3", "not an override; expected section.key=value"),
-        ("train.steps=abc", "train.steps is 'abc'; expected a whole number"),
+        (
+            "train.steps=abc",
+            "train.steps is 'abc'; expected a whole number or a number of tokens such as '32768 tokens'",
+        ),
         ("train.steps=[1", None),
         ("train.steps=!!int x", None),
         ("data.train.4.path=x", "there is no data.train.4; expected a section of the file"),
         ("data.train.1=x", "there is no data.train.1; expected a setting of the file"),
         ("model.name.x=2", "there is no model.name.x; expected a setting of the file"),
-        ("train={steps: abc}", "train.steps is 'abc'; expected a whole number"),
+        (
+            "train={steps: abc}",
+            "train.steps is 'abc'; expected a whole number or a number of tokens such as '32768 tokens'",
+        ),
     ],
 )
 def test_a_wrong_override_is_named(write, override: str, problem: str | None) -> None:

@@ -24,7 +24,11 @@ LARGE = 2**40
 def settings(folder: Path, tiny_model_dir: Path, optimizer: str = "adamw_8bit", **model: Any) -> Any:
     return load_settings(
         run_settings(
-            tiny_model_dir, folder, adapter={"kind": "none"}, model=model, train={"optimizer": optimizer}
+            tiny_model_dir,
+            folder,
+            adapter={"kind": "none"},
+            model=model,
+            train={"optimizer": optimizer, "scheduler": "constant"},
         )
     )
 

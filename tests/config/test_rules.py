@@ -33,8 +33,18 @@ BROKEN = [
     ({"adapter": {"kind": "none", "alpha_pattern": {"q_proj": 4}}}, ["adapter.alpha_pattern"]),
     ({"adapter": {"last_layers": 1, "targets": ".*q_proj"}}, ["adapter.last_layers"]),
     ({"adapter": {"embedding_learning_rate": 1e-5}}, ["adapter.embedding_learning_rate"]),
+    ({"train": {"noise_scale": True, "micro_batch": 16}}, ["train.noise_scale"]),
     ({"data": {"overlong": "split", "overlap": 1025}}, ["data.overlap"]),
     ({"data": {"join_texts": True, "overlap": 1025}}, ["data.overlap"]),
+    ({"train": {"optimizer": "muon"}}, ["train.optimizer"]),
+    ({"train": {"optimizer": "schedule_free_adamw"}}, ["train.scheduler"]),
+    (
+        {"train": {"optimizer": "schedule_free_adamw", "scheduler": "constant", "betas": [0.0, 0.9]}},
+        ["train.betas"],
+    ),
+    ({"train": {"groups": [{"match": "norm"}]}}, ["train.groups.0"]),
+    ({"train": {"early_stopping": {"patience": 2}}, "output": {"eval_every": None}}, ["train.early_stopping"]),
+    ({"output": {"result": "best"}, "data": {"eval": {"fraction": 0.0}}}, ["output.result"]),
     ({"parallel": {"tensor": 2}}, ["parallel.tensor"]),
     ({"parallel": {"replicate": 2}}, ["parallel.replicate"]),
     ({"parallel": {"shard": 8}}, ["parallel.shard"]),
@@ -80,6 +90,7 @@ def test_every_rule_is_tested() -> None:
             "memory": {"policy": "offload"},
         },
         {"train": {"micro_batch": 64, "global_batch": "8192 tokens"}},
+        {"train": {"early_stopping": {"patience": 2}}, "output": {"result": "best"}},
     ],
 )
 def test_what_is_right_breaks_no_rule(changes: dict[str, Any]) -> None:

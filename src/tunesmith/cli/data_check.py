@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tunesmith.contracts.errors import DataError, UserError
+from tunesmith.settings.urls import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -144,7 +146,7 @@ def _check_paths(options: Options, aside: Console) -> RunCheck:
     name, tokenizer = _tokenizer(options.model, aside)
     checks = []
     for path in paths:
-        with _reading(aside, path) as progress:
+        with _reading(aside, path) as (progress, tell):
             check = check_data(
                 path,
                 tokenizer,
@@ -154,9 +156,10 @@ def _check_paths(options: Options, aside: Console) -> RunCheck:
                 sequence_length=options.sequence_length or SEQUENCE_LENGTH,
                 most_rows=options.most_rows,
                 progress=partial(progress, path),
+                tell=tell,
             )
         checks.append(check)
-    return compared(RunCheck(options.path, checks[:1], checks[1:]))
+    return compared(RunCheck(shown(options.path), checks[:1], checks[1:]))
 
 
 def _tokenizer(model: str | None, console: Console) -> tuple[str, Any]:
@@ -197,16 +200,20 @@ def _check_run(options: Options, aside: Console) -> RunCheck:
         quiet_libraries()
     with aside.status("loading the tokenizer"):
         tokenizer = tokenizer_of(settings)
-    with _reading(aside, "") as progress:
-        return check_run(settings, tokenizer, options.path, most_rows=options.most_rows, progress=progress)
+    with _reading(aside, "") as (progress, tell):
+        return check_run(
+            settings, tokenizer, options.path, most_rows=options.most_rows, progress=progress, tell=tell
+        )
 
 
 # ---------------------------------------------------------------- progress
 
 
 @contextmanager
-def _reading(console: Console, path: str) -> Iterator[Callable[[str, int], None]]:
-    """A bar; gives the function that takes a source's name and its rows done."""
+def _reading(
+    console: Console, path: str
+) -> Iterator[tuple[Callable[[str, int], None], Callable[[str, bool], None]]]:
+    """A bar; gives the function for a source's name and its rows done, and the one for lines about downloads."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=_lines_of(path) if path else None)
@@ -214,7 +221,13 @@ def _reading(console: Console, path: str) -> Iterator[Callable[[str, int], None]
         def done(name: str, rows: int) -> None:
             bar.update(task, completed=rows, description=f"reading {name}" if not path else "reading")
 
-        yield done
+        def tell(text: str, lasting: bool) -> None:
+            if lasting:
+                console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+            else:
+                bar.update(task, description=escape(text))
+
+        yield done, tell
 
 
 def _lines_of(path: str) -> int | None:

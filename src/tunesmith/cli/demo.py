@@ -62,16 +62,21 @@ def _filled_in(value: Any, places: Mapping[str, str]) -> Any:
     return value
 
 
-def run_demo(console: Console, overrides: Sequence[str]) -> None:
-    """Fine-tune the demo model on a slice of GSM8K and show what changed."""
-    console.print(
-        f"[bold]Tunesmith demo[/]: a LoRA adapter teaches {MODEL_NAME} to solve grade-school maths (GSM8K) "
-        "step by step. The loss is measured on held-out problems before and after.\n"
-    )
+def run_demo(console: Console, overrides: Sequence[str], *, quiet: bool = False) -> None:
+    """Fine-tune the demo model on a slice of GSM8K and show what changed.
+
+    Args:
+        quiet: print warnings and the final lines only.
+    """
+    if not quiet:
+        console.print(
+            f"[bold]Tunesmith demo[/]: a LoRA adapter teaches {MODEL_NAME} to solve grade-school maths (GSM8K) "
+            "step by step. The loss is measured on held-out problems before and after.\n"
+        )
     model = model_folder(console)
     with as_file(resources("tunesmith.config.demo")) as folder:
         text = (folder / "demo.yaml").read_text(encoding="utf-8")
         run = _filled_in(yaml.safe_load(text), {"DEMO_MODEL": str(model), "DEMO_DATA": str(folder)})
         held_out = (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
         questions = [json.loads(line)["question"] for line in held_out[:2]]
-        execute(load_settings(run, overrides), console, questions=questions)
+        execute(load_settings(run, overrides), console, questions=questions, quiet=quiet)

@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text as Rich
 
+from tunesmith.config.telling import teller
 from tunesmith.contracts.errors import DataError
 from tunesmith.contracts.plural import counted
 from tunesmith.settings.run import RunSettings
+from tunesmith.settings.urls import shown
 
 if TYPE_CHECKING:
     from tunesmith.config.prepare_data import PreparedData
@@ -54,12 +56,12 @@ def inspect_row(settings: RunSettings, console: Console, *, row: int, source: in
 
     quiet_libraries()
     chosen = settings.data.train[source]
-    rows, found = find_format(
-        open_settings_source(chosen), chosen.format, dict(chosen.columns), reading_of(chosen)
-    )
-    picked = next(islice(rows, row, None), None)
+    with console.status("reading") as status:
+        opened = open_settings_source(chosen, tell=teller(console, status))
+        rows, found = find_format(opened, chosen.format, dict(chosen.columns), reading_of(chosen))
+        picked = next(islice(rows, row, None), None)
     if picked is None:
-        raise DataError(f"{chosen.path} has no row {row}; rows are counted from 0.")
+        raise DataError(f"{shown(chosen.path)} has no row {row}; rows are counted from 0.")
     with console.status("loading the tokenizer"):
         tokenizer = tokenizer_of(settings)
     renderer = make_renderer(settings, tokenizer)
@@ -226,8 +228,8 @@ def _print_place(
     if settings.data.streaming:
         _stop(console, "place · decided while the stream is read")
         return
-    with console.status("preparing the whole set"):
-        data = prepare_data(settings, tokenizer)
+    with console.status("preparing the whole set") as status:
+        data = prepare_data(settings, tokenizer, tell=teller(console, status))
     document = _document_of(data, row, source, joined=joined)
     if document is None:
         _stop(console, "place · none, the row is dropped")

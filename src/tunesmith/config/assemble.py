@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import psutil
 import torch
 
+from tunesmith.config.cadence import count_steps, make_cadence
 from tunesmith.config.check_card import check_card
 from tunesmith.config.make_model import NewTokens, make_model
 from tunesmith.config.prepare_data import PreparedData, Progress, batch_plan, prepare_data
+from tunesmith.config.samples import make_sampler
 from tunesmith.contracts.errors import UserError
-from tunesmith.data.feed import TableFeed
+from tunesmith.data.remote import Tell
 from tunesmith.data.stream import StreamFeed
 from tunesmith.data.table import TokenTable
 from tunesmith.distributed.single import SingleDevice
@@ -25,6 +28,7 @@ from tunesmith.models.head import CausalModel
 from tunesmith.models.head_check import check_head, check_packing
 from tunesmith.models.install import Installed, install
 from tunesmith.models.loader import choose_device, choose_dtype, load_tokenizer
+from tunesmith.models.neftune import noisy_embeddings
 from tunesmith.models.policy import POLICIES
 from tunesmith.models.probe import fixed_bytes, policy_costs
 from tunesmith.models.vocabulary import extend_tokenizer
@@ -33,10 +37,13 @@ from tunesmith.planning.fit import STATE_BYTES, STOCK_POLICIES, USABLE, Fit, fit
 from tunesmith.planning.graphs import graphs_pay
 from tunesmith.settings.model import AdapterSettings
 from tunesmith.settings.run import RunSettings
+from tunesmith.training.cadence import Cadence, MicroBatching
 from tunesmith.training.checkpoint import CheckpointStore
-from tunesmith.training.optim import Schedule, build_optimizer
+from tunesmith.training.groups import Pattern
+from tunesmith.training.noise_scale import Gauges
+from tunesmith.training.optim import Schedule, build_optimizer, check_installed
 from tunesmith.training.step import ObjectiveLoss
-from tunesmith.training.trainer import Cadence, MicroBatching, Trainer, exact_cuda_algorithms
+from tunesmith.training.trainer import Trainer, exact_cuda_algorithms
 
 
 @dataclass(frozen=True)
@@ -65,9 +72,14 @@ class Run:
     trainer: Trainer
     store: CheckpointStore
 
-    def packed(self) -> AbstractContextManager[None]:
-        """The context in which the model attends over packed rows."""
-        return packed_attention(self.causal.base, self.attention)
+    @contextmanager
+    def packed(self) -> Iterator[None]:
+        """The context of training: the model attends over packed rows, and has noise on its embeddings if asked."""
+        with (
+            packed_attention(self.causal.base, self.attention),
+            noisy_embeddings(self.causal.backbone, self.settings.train.neftune_alpha),
+        ):
+            yield
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -139,6 +151,8 @@ def _record(
         reason: str | None = "there is no GPU"
     elif backend.scaler.is_enabled():
         reason = "float16 trains with a loss scale"
+    elif settings.train.neftune_alpha is not None:
+        reason = "NEFTune scales its noise on the host, by the lengths of the documents"
     elif settings.train.deterministic:
         reason = "a run that goes on would record at other steps than one that never stopped"
     else:
@@ -188,6 +202,8 @@ def _identity(settings: RunSettings, data: PreparedData, causal: CausalModel) ->
     }
     if any(p.requires_grad and p.dtype == torch.bfloat16 for p in causal.model.parameters()):
         fixed["type of the trained weights"] = "bfloat16"  # `auto` may choose another on another card
+    if settings.train.groups:
+        fixed["train.groups"] = plain["train"]["groups"]
     if settings.data.mix.strategy != "concatenate":
         fixed["data.mix"] = plain["data"]["mix"]
     if settings.data.streaming:
@@ -197,13 +213,16 @@ def _identity(settings: RunSettings, data: PreparedData, causal: CausalModel) ->
 
 
 def _check_space(
-    settings: RunSettings, store: CheckpointStore, causal: CausalModel, total_steps: int
+    settings: RunSettings, store: CheckpointStore, causal: CausalModel, cadence: Cadence
 ) -> None:
     """Foresee a full disk: parameters and optimizer in each checkpoint, those that are kept and one in the making."""
     state = STATE_BYTES[settings.train.optimizer]
     trained = sum(int(p.nbytes + state * p.numel()) for p in causal.model.parameters() if p.requires_grad)
-    saves = 1 + (total_steps // settings.output.save_every if settings.output.save_every else 0)
-    to_come = min(saves, settings.output.keep + 2) - len(store.all())
+    most = settings.output.keep + 2
+    saves = 1 + (cadence.total_steps // cadence.save_every if cadence.save_every else 0)
+    if cadence.save_seconds is not None or cadence.save_best:  # nobody knows how many
+        saves = most
+    to_come = min(saves, most) - len(store.all())
     store.ensure_space(trained * max(1, to_come))
 
 
@@ -231,21 +250,9 @@ def _check_vocabulary(tokenizer: Any, data: PreparedData, causal: CausalModel) -
             )
 
 
-def _count_steps(data: PreparedData, epochs: float) -> int:
-    assert isinstance(data.feed, TableFeed), "config.rules asks for train.steps where the data is streamed"
-    return data.feed.count_steps(epochs)
-
-
-def _cadence(settings: RunSettings, total_steps: int) -> Cadence:
-    train, output = settings.train, settings.output
-    return Cadence(
-        total_steps=total_steps,
-        save_every=output.save_every,
-        eval_every=output.eval_every,
-        max_seconds=train.max_hours * 3600 if train.max_hours else None,
-        max_grad_norm=train.max_grad_norm,
-        on_non_finite=train.on_non_finite,
-    )
+def _gauges(settings: RunSettings) -> Gauges:
+    every = settings.train.noise_scale
+    return Gauges(noise_every=int(every) or None, layers_every=settings.train.layer_grad_norms)
 
 
 def _schedule(settings: RunSettings, total_steps: int) -> Schedule:
@@ -270,6 +277,7 @@ def _model_and_backend(
         betas=train.betas,
         loraplus_lr_ratio=settings.adapter.loraplus_lr_ratio,
         embedding_learning_rate=settings.adapter.embedding_learning_rate,
+        patterns=[Pattern(group.match, group.learning_rate, group.weight_decay) for group in train.groups],
     )
     backend = SingleDevice(model, optimizer, device, dtype)
     with backend.autocast():
@@ -285,8 +293,14 @@ def _fuse(causal: CausalModel, device: torch.device) -> tuple[Installed | None, 
     return installed, check_card(causal.model, installed, causal.compute_dtype)
 
 
-def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = None) -> Run:
+def assemble(
+    settings: RunSettings, run_dir: Path, progress: Progress | None = None, tell: Tell | None = None
+) -> Run:
     """Build everything, cheapest checks first; nothing is trained and no checkpoint is loaded.
+
+    Args:
+        progress: called with a source's name and the number of its rows that are prepared.
+        tell: gets lines about downloads from addresses.
 
     Raises:
         UserError: anything that the user can mend: data, model, disk, device.
@@ -295,6 +309,7 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         exact_cuda_algorithms()
+    check_installed(train.optimizer)
     device = choose_device()
     _check_policy(settings, device, None)
     attention = choose_attention(settings.model.attention, device, choose_dtype(settings.model.dtype, device))
@@ -305,14 +320,15 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
         trust_remote_code=settings.model.trust_remote_code,
     )
     tokens = NewTokens(tokenizer, extend_tokenizer(tokenizer, settings.adapter.new_tokens))
-    data = prepare_data(settings, tokenizer, progress)
-    total_steps = train.steps or _count_steps(data, train.epochs)
+    data = prepare_data(settings, tokenizer, progress, tell)
+    total_steps = count_steps(settings, data)
+    cadence = make_cadence(settings, data, total_steps)
     causal, backend = _model_and_backend(settings, device, tokens)
     _check_vocabulary(tokenizer, data, causal)
     installed, warnings = _fuse(causal, device)
     _check_policy(settings, device, installed)
     store = CheckpointStore(run_dir / "checkpoints", keep=settings.output.keep)
-    _check_space(settings, store, causal, total_steps)
+    _check_space(settings, store, causal, cadence)
     with packed_attention(causal.base, attention):
         with backend.autocast():
             check_packing(causal)
@@ -327,11 +343,13 @@ def assemble(settings: RunSettings, run_dir: Path, progress: Progress | None = N
         plan=batch_plan(settings),
         grouping=MicroBatching(train.micro_batch if isinstance(train.micro_batch, int) else None, fit.tokens),
         schedule=_schedule(settings, total_steps),
-        cadence=_cadence(settings, total_steps),
+        cadence=cadence,
         store=store,
         identity=_identity(settings, data, causal),
         run_dir=run_dir,
         feed=data.feed,
+        gauges=_gauges(settings),
+        sampler=make_sampler(settings, data, tokenizer, causal, backend, installed),
     )
     return Run(
         settings, tokenizer, data, causal, attention, backend, fit, installed, no_graphs, warnings, trainer, store

@@ -30,6 +30,7 @@ from tunesmith.config.check_report import (
     Marks,
     Shown,
 )
+from tunesmith.config.separators import separator_hint
 from tunesmith.contracts.errors import DataError
 from tunesmith.data.cutting import TRUNCATED, Fit, Joiner, Piece
 from tunesmith.data.formats import (
@@ -46,6 +47,7 @@ from tunesmith.data.formats import (
 from tunesmith.data.masks import NOTE_END
 from tunesmith.data.packing import pack_best_fit, packing_efficiency
 from tunesmith.data.ranks import attention_costs, mean_imbalance
+from tunesmith.data.remote import Tell
 from tunesmith.data.render import (
     NOTE_CUT,
     NOTE_DATE,
@@ -60,6 +62,7 @@ from tunesmith.data.render import (
 )
 from tunesmith.data.sources import Row, Source, open_source
 from tunesmith.data.tokenize import sample_columns
+from tunesmith.settings.urls import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,11 +106,12 @@ def check_data(
     sequence_length: int = 2048,
     most_rows: int | None = None,
     progress: Callable[[int], None] | None = None,
+    tell: Tell | None = None,
 ) -> DataCheck:
     """Read, render and tokenise every row of a data set, and account for it.
 
     Args:
-        path: a file, a folder, a glob pattern, or the id of a hub data set.
+        path: a file, a folder, a glob pattern, an address, or the id of a hub data set.
         tokenizer: a fast tokenizer.
         name: of the tokenizer, for the report.
         format: a key of `FORMATS`, or `auto`.
@@ -115,13 +119,14 @@ def check_data(
         sequence_length: longer rows are cut, as `data.overlong: truncate` does.
         most_rows: read only the first rows.
         progress: called with the number of rows done, after every batch.
+        tell: gets lines about downloads from addresses.
 
     Raises:
         DataError: the data, its format or the template cannot be understood.
     """
-    source = open_source(path)
+    source = open_source(path, tell=tell)
     renderer = Renderer(tokenizer, resolve_template(template, tokenizer))
-    check = DataCheck(path, name, template, sequence_length)
+    check = DataCheck(shown(path), name, template, sequence_length)
     plan = Plan(format, fit=Fit(sequence_length))
     return check_source(source, check, renderer, plan, most_rows, progress)
 
@@ -335,10 +340,9 @@ class _Pass:
 
 def _hint(hint: str | None, columns: list[str]) -> str:
     """What to do about columns that no format fits."""
-    if len(columns) == 1 and any(separator in columns[0] for separator in ";|\t"):
-        return (
-            "Fields are separated by commas in a .csv file and by tabs in a .tsv file; this one has others."
-        )
+    separators = separator_hint(columns)
+    if separators is not None:
+        return separators
     return f"{hint}\n{_IN_A_RUN_FILE}" if hint else _IN_A_RUN_FILE
 
 

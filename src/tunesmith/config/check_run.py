@@ -17,6 +17,7 @@ from tunesmith.config.check_report import EXAMPLES, DataCheck, Finding, Marks, O
 from tunesmith.config.prepare_data import make_renderer, names_of, open_settings_source, reading_of
 from tunesmith.data.batches import hold_out
 from tunesmith.data.cutting import Fit
+from tunesmith.data.remote import Tell
 from tunesmith.settings.data import HeldOutSettings, SourceSettings
 from tunesmith.settings.run import RunSettings
 
@@ -33,6 +34,7 @@ def check_run(
     *,
     most_rows: int | None = None,
     progress: Progress | None = None,
+    tell: Tell | None = None,
 ) -> RunCheck:
     """Check the data of a run with its settings: every source, and what sources have in common.
 
@@ -40,6 +42,8 @@ def check_run(
         tokenizer: the model's.
         title: name of the run file.
         most_rows: read only the first rows of each source.
+        progress: called with a source's name and the number of its rows done.
+        tell: gets lines about downloads from addresses.
 
     Raises:
         DataError: a source, its format or the template cannot be understood.
@@ -52,7 +56,7 @@ def check_run(
         found = DataCheck(name, settings.model.name, data.template, settings.train.sequence_length)
         plan = Plan(source.format, dict(source.columns), reading_of(source), fit)
         report = None if progress is None else lambda rows: progress(name, rows)
-        opened = open_settings_source(source, streaming=data.streaming)
+        opened = open_settings_source(source, streaming=data.streaming, tell=tell)
         return check_source(opened, found, renderer, plan, most_rows, report)
 
     held = () if isinstance(data.eval, HeldOutSettings) else data.eval

@@ -19,6 +19,7 @@ from tunesmith.config.rules import broken_rules
 from tunesmith.config.yaml_source import Document, KeyPath, parse_yaml
 from tunesmith.contracts.errors import ConfigError, Problem, UserError
 from tunesmith.settings.run import RunSettings
+from tunesmith.settings.urls import shown_text
 
 _EXPECTED = {
     "int_type": "expected a whole number",
@@ -61,7 +62,7 @@ def _read(path: Path) -> Document:
 
 def _apply_override(document: Document, override: str) -> None:
     name, equals, text = override.partition("=")
-    where = f"override {override!r}"
+    where = shown_text(f"override {override!r}")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", name):
         document.problems.append(Problem(where, "not an override", "expected section.key=value"))
         return
@@ -171,7 +172,7 @@ def _problem(document: Document, path: KeyPath, errors: list[ErrorDetails]) -> P
         w.strip("'") for e in errors for w in re.findall(r"'[^']*'", e.get("ctx", {}).get("expected", ""))
     ]
     near = difflib.get_close_matches(str(value), allowed, n=1)
-    shown = "empty" if value is None else repr(value)
+    shown = "empty" if value is None else shown_text(repr(value))
     shown = shown if len(shown) < 80 else shown[:77] + "..."
     return Problem(
         document.place(path),

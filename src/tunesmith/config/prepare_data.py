@@ -17,6 +17,7 @@ from tunesmith.data.cache import content_key
 from tunesmith.data.feed import TableFeed
 from tunesmith.data.formats import Reading
 from tunesmith.data.mixing import Mix
+from tunesmith.data.remote import Tell
 from tunesmith.data.render import Renderer, resolve_template
 from tunesmith.data.sources import Source, open_source
 from tunesmith.data.stream import StreamFeed
@@ -25,7 +26,9 @@ from tunesmith.data.tokenize import SourceStream, default_cache_dir, tokenize_so
 from tunesmith.models.loader import load_tokenizer
 from tunesmith.models.vocabulary import extend_tokenizer
 from tunesmith.settings.data import HeldOutSettings, SourceSettings
-from tunesmith.settings.run import RunSettings, tokens_of_global_batch
+from tunesmith.settings.quantities import tokens_of
+from tunesmith.settings.run import RunSettings
+from tunesmith.settings.urls import shown
 
 Progress = Callable[[str, int], None]
 """Called with a source's name and the number of its rows that are prepared."""
@@ -90,10 +93,17 @@ def make_renderer(settings: RunSettings, tokenizer: Any) -> Renderer:
     )
 
 
-def open_settings_source(source: SourceSettings, *, streaming: bool = False) -> Source:
-    """Open one source of the run file."""
+def open_settings_source(
+    source: SourceSettings, *, streaming: bool = False, tell: Tell | None = None
+) -> Source:
+    """Open one source of the run file; `tell` gets lines about downloads from addresses."""
     return open_source(
-        source.path, split=source.split, name=source.name, revision=source.revision, streaming=streaming
+        source.path,
+        split=source.split,
+        name=source.name,
+        revision=source.revision,
+        streaming=streaming,
+        tell=tell,
     )
 
 
@@ -113,12 +123,16 @@ def reading_of(source: SourceSettings) -> Reading:
 
 
 def names_of(sources: Sequence[SourceSettings]) -> list[str]:
-    """What reports and losses call sources: their paths, and where a path is there twice what tells them apart."""
-    paths = Counter(source.path for source in sources)
+    """What reports and losses call sources: their paths, and where a path is there twice what tells them apart.
+
+    Addresses are without what opens them.
+    """
+    paths = Counter(shown(source.path) for source in sources)
     names: list[str] = []
     for source in sources:
         parts = [part for part in (source.name, source.split, source.revision) if part]
-        name = f"{source.path} ({', '.join(parts)})" if paths[source.path] > 1 and parts else source.path
+        path = shown(source.path)
+        name = f"{path} ({', '.join(parts)})" if paths[path] > 1 and parts else path
         same = names.count(name)
         names.append(f"{name} #{same + 1}" if same else name)
     return names
@@ -139,21 +153,39 @@ def _row_options(settings: RunSettings, source: SourceSettings, renderer: Render
     }
 
 
+def open_stream(
+    settings: RunSettings, source: SourceSettings, renderer: Renderer, tell: Tell | None = None
+) -> SourceStream:
+    """Open one source of the run file as a stream of documents."""
+    opened = open_settings_source(source, streaming=True, tell=tell)
+    return SourceStream(opened, **_row_options(settings, source, renderer))
+
+
 def _tokenize(
-    settings: RunSettings, source: SourceSettings, renderer: Renderer, progress: Progress | None
+    settings: RunSettings,
+    source: SourceSettings,
+    renderer: Renderer,
+    progress: Progress | None,
+    tell: Tell | None,
 ) -> TokenTable:
     cache = Path(settings.data.cache_dir).expanduser() if settings.data.cache_dir else default_cache_dir()
     return tokenize_source(
-        open_settings_source(source),
+        open_settings_source(source, tell=tell),
         **_row_options(settings, source, renderer),
         cache_dir=cache,
         workers=None if settings.data.workers == "auto" else settings.data.workers,
-        progress=None if progress is None else lambda rows: progress(source.path, rows),
+        progress=None if progress is None else lambda rows: progress(shown(source.path), rows),
     )
 
 
-def prepare_data(settings: RunSettings, tokenizer: Any, progress: Progress | None = None) -> PreparedData:
+def prepare_data(
+    settings: RunSettings, tokenizer: Any, progress: Progress | None = None, tell: Tell | None = None
+) -> PreparedData:
     """Tokenise every source (or take it from the cache) and hold out what measures.
+
+    Args:
+        progress: called after every batch of rows.
+        tell: gets lines about downloads from addresses.
 
     Raises:
         DataError: a source cannot be read, or no row is left to train on.
@@ -163,9 +195,9 @@ def prepare_data(settings: RunSettings, tokenizer: Any, progress: Progress | Non
         () if isinstance(settings.data.eval, HeldOutSettings) else settings.data.eval
     )
     if settings.data.streaming:
-        return _stream(settings, renderer, held, progress)
+        return _stream(settings, renderer, held, progress, tell)
     sources = [*settings.data.train, *held]
-    tables = [_tokenize(settings, source, renderer, progress) for source in sources]
+    tables = [_tokenize(settings, source, renderer, progress, tell) for source in sources]
     names = [*names_of(settings.data.train), *names_of(held)]
     corpus = Corpus(tables, [source.weight for source in sources], names)
     in_training = sum(len(table) for table in tables[: len(settings.data.train)])
@@ -208,16 +240,17 @@ def _check_groups(corpus: Corpus, train_N: NDArray[np.int64], plan: BatchPlan) -
 
 
 def _stream(
-    settings: RunSettings, renderer: Renderer, held: Sequence[SourceSettings], progress: Progress | None
+    settings: RunSettings,
+    renderer: Renderer,
+    held: Sequence[SourceSettings],
+    progress: Progress | None,
+    tell: Tell | None,
 ) -> PreparedData:
     """The training sources as streams, those that are held out as tables."""
-    streams = [
-        SourceStream(open_settings_source(source, streaming=True), **_row_options(settings, source, renderer))
-        for source in settings.data.train
-    ]
+    streams = [open_stream(settings, source, renderer, tell) for source in settings.data.train]
     weights = [source.weight for source in settings.data.train]
     feed = StreamFeed(streams, weights, batch_plan(settings), settings.data.buffer_tokens)
-    tables = [_tokenize(settings, source, renderer, progress) for source in held]
+    tables = [_tokenize(settings, source, renderer, progress, tell) for source in held]
     names = [*names_of(settings.data.train), *names_of(held)]
     corpus = Corpus(tables, names=names[len(streams) :])
     found = [*(stream.report for stream in streams), *(table.report for table in tables)]
@@ -229,7 +262,7 @@ def _stream(
 
 def batch_plan(settings: RunSettings) -> BatchPlan:
     """How documents become rows and steps, from the run's settings."""
-    tokens = tokens_of_global_batch(settings.train.global_batch)
+    tokens = tokens_of(settings.train.global_batch)
     return BatchPlan(
         sequence_length=settings.train.sequence_length,
         packing=settings.train.packing,

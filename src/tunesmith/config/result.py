@@ -16,10 +16,14 @@ class RunResult:
         dir: the run directory.
         result: folder of the adapter or model, or None for an interrupted run.
         loss_curve: the PNG, or None where matplotlib is not installed.
-        reason: `complete`, `time` or `interrupted`.
+        reason: `complete`, `time`, `early stop` or `interrupted`.
         steps: optimizer steps that are complete.
         first_eval: held-out loss before training, where it was measured.
         last_eval: held-out loss at the end.
+        best_step: the step with the lowest held-out loss, 0 before training; None where none was measured.
+        best_eval: that loss.
+        best_checkpoint: the checkpoint of that step, None where none was written there.
+        result_step: the step whose weights the result has; None without a result.
         tokens: tokens trained on by this process.
         seconds: wall time of training.
         by_source: held-out losses of each source, the first and the last one; empty where there is only one.
@@ -35,6 +39,10 @@ class RunResult:
     tokens: int
     seconds: float
     by_source: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    best_step: int | None = None
+    best_eval: float | None = None
+    best_checkpoint: Path | None = None
+    result_step: int | None = None
 
 
 def losses_by_source(events: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:

@@ -48,6 +48,16 @@ def _only_of_an_adapter(name: str) -> Rule:
     )
 
 
+def _measures(settings: RunSettings) -> bool:
+    """Whether the settings ask for a held-out loss, and for rows that measure it."""
+    return settings.output.eval_every is not None and _holds_out(settings)
+
+
+def _holds_out(settings: RunSettings) -> bool:
+    held = settings.data.eval
+    return held.fraction > 0 if isinstance(held, HeldOutSettings) else bool(held)
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         ("adapter", "kind"),
@@ -119,6 +129,25 @@ RULES: tuple[Rule, ...] = (
         "name the linear layers that get an adapter, or write all-linear",
     ),
     Rule(
+        ("train", "optimizer"),
+        lambda s: s.train.optimizer == "muon" and s.adapter.kind != "none",
+        "train.optimizer: muon beside an adapter",
+        "Muon makes the step of a whole weight matrix orthogonal, which is not what orthogonal steps of an adapter's "
+        "two factors make of it: use adamw, or train the model itself with adapter.kind: none",
+    ),
+    Rule(
+        ("train", "scheduler"),
+        lambda s: s.train.optimizer == "schedule_free_adamw" and s.train.scheduler != "constant",
+        "train.optimizer: schedule_free_adamw beside a schedule",
+        "its average of the weights takes the place of a falling rate: write scheduler: constant; warm-up stays",
+    ),
+    Rule(
+        ("train", "betas"),
+        lambda s: s.train.optimizer == "schedule_free_adamw" and s.train.betas[0] <= 0,
+        "train.betas starts with 0, and schedule_free_adamw takes gradients that much of the way to its average",
+        "set the first to 0.9 or so",
+    ),
+    Rule(
         ("train", "micro_batch"),
         lambda s: (
             isinstance(s.train.micro_batch, int)
@@ -127,6 +156,34 @@ RULES: tuple[Rule, ...] = (
         ),
         "train.micro_batch is larger than train.global_batch",
         "a micro-batch is a part of the global batch: lower it, or leave it at auto",
+    ),
+    Rule(
+        ("train", "noise_scale"),
+        lambda s: (
+            s.train.noise_scale is not False
+            and isinstance(s.train.global_batch, int)
+            and s.train.micro_batch == s.train.global_batch
+        ),
+        "train.noise_scale, and train.micro_batch is the whole train.global_batch",
+        "it compares micro-batches with their step: set train.micro_batch to half of train.global_batch or less",
+    ),
+    Rule(
+        ("train", "early_stopping"),
+        lambda s: s.train.early_stopping is not None and not _measures(s),
+        "train.early_stopping, and no held-out loss is measured",
+        "it watches that loss: set output.eval_every, and data.eval to a fraction above 0 or to sources",
+    ),
+    Rule(
+        ("output", "result"),
+        lambda s: s.output.result == "best" and not _measures(s),
+        "output.result: best, and no held-out loss is measured",
+        "the best is chosen by that loss: set output.eval_every, and data.eval to a fraction above 0 or to sources",
+    ),
+    Rule(
+        ("output", "track"),
+        lambda s: len(set(s.output.track)) < len(s.output.track),
+        "output.track names a tracker twice",
+        "name each once",
     ),
     Rule(
         ("data", "overlap"),
@@ -144,6 +201,19 @@ STREAMING_RULES: tuple[Rule, ...] = (
         lambda s: s.train.steps is None,
         "data.streaming without train.steps",
         "a stream has no length that is known: say how many steps to train",
+    ),
+    Rule(
+        ("train", "steps"),
+        lambda s: isinstance(s.train.steps, str),
+        "train.steps counts tokens, and data.streaming is on",
+        "how many steps hold so many tokens of a stream is not known before it is read, and the learning rate needs "
+        "to know: write a number of steps",
+    ),
+    Rule(
+        ("output", "sample_every"),
+        lambda s: s.output.sample_every is not None and s.output.sample_prompts is None and not _holds_out(s),
+        "output.sample_every with data.streaming, and nothing to ask",
+        "prompts are not taken out of a stream: write output.sample_prompts, or name sources under data.eval",
     ),
     Rule(
         ("data", "eval"),
@@ -174,6 +244,14 @@ def broken_rules(settings: RunSettings) -> Iterator[Broken]:
     for rule in (*RULES, *(STREAMING_RULES if settings.data.streaming else ())):
         if rule.broken(settings):
             yield rule.path, rule.found, rule.expected
+    for number, group in enumerate(settings.train.groups):
+        if group.learning_rate is None and group.weight_decay is None:
+            place = f"train.groups.{number}"
+            yield (
+                ("train", "groups", number),
+                f"{place} changes nothing",
+                "a group needs learning_rate or weight_decay",
+            )
     for axis in _AXES:
         size = getattr(settings.parallel, axis)
         if size > 1:

@@ -159,6 +159,18 @@ def _graphs(run: Run) -> str:
     return f"none: {run.no_graphs}"
 
 
+def _group_lines(run: Run) -> list[str]:
+    """What each pattern of `train.groups` found, with its peak learning rate and its decay."""
+    peak = run.settings.train.learning_rate
+    return [
+        f"{group['match']}: {counted(len(group['params']), 'tensor')}, "
+        f"{_parameters(sum(p.numel() for p in group['params']))} parameters; "
+        f"learning rate {peak * group.get('lr_ratio', 1.0):.2e}, weight decay {group['weight_decay']:g}"
+        for group in run.backend.optimizer.param_groups
+        if "match" in group
+    ]
+
+
 def print_plan(console: Console, run: Run) -> None:
     """Say what will be trained, on what, and how."""
     notes = sorted({note for _, report in run.data.reports for note in report.notes})
@@ -171,6 +183,7 @@ def print_plan(console: Console, run: Run) -> None:
             *([("graphs", _graphs(run))] if run.installed is not None and run.installed.fused else []),
             ("data", "\n".join([*data_lines(run), *notes])),
             ("plan", "\n".join(_plan_lines(run))),
+            *([("groups", "\n".join(lines))] if (lines := _group_lines(run)) else []),
             ("output", run.settings.output.dir),
         ],
     )
@@ -188,6 +201,16 @@ def print_answers(
         )
 
 
+def _best_line(result: RunResult) -> str:
+    """The lowest held-out loss, and where the weights that had it are."""
+    assert result.best_eval is not None, "a best step has a loss"
+    loss = f"{result.best_eval:.4f}"
+    if not result.best_step:
+        return f"{loss} before training: the held-out loss never fell below that"
+    where = result.best_checkpoint or "no checkpoint was written there"
+    return f"{loss} at step {result.best_step:,}: {where}"
+
+
 def print_result(console: Console, result: RunResult) -> None:
     """Say how it went and where everything lies."""
     console.print()
@@ -199,6 +222,8 @@ def print_result(console: Console, result: RunResult) -> None:
         rows += [
             ("", f"{name}: {first:.4f} → {last:.4f}") for name, (first, last) in result.by_source.items()
         ]
+    if result.best_step is not None and result.steps:
+        rows.append(("best", _best_line(result)))
     if result.tokens:
         speed = result.tokens / result.seconds
         seconds = timedelta(seconds=round(result.seconds))
@@ -206,6 +231,8 @@ def print_result(console: Console, result: RunResult) -> None:
         rows.append(("training", f"{figures} ({speed:,.0f} tokens/s with evaluation and saving)"))
     if result.result is not None:
         rows.append((result.result.name, str(result.result)))
+        if result.result_step != result.steps:
+            rows.append(("", f"with the weights of step {result.result_step:,}, the best that was kept"))
     if result.loss_curve is not None:
         rows.append(("loss curve", str(result.loss_curve)))
     _show(console, rows, whole_lines=True)
@@ -217,6 +244,13 @@ def print_result(console: Console, result: RunResult) -> None:
         console.print(
             f"Stopped after step {result.steps} and saved. The same command goes on from there.",
             style="yellow",
+        )
+    if result.reason == "early stop":
+        console.print(
+            f"Stopped early after step {result.steps}: the held-out loss no longer fell. "
+            "Raise train.early_stopping.patience and run the same command to go on.",
+            style="yellow",
+            soft_wrap=not console.is_terminal,
         )
     if result.reason == "time":
         console.print("train.max_hours is over. Raise it and run the same command to go on.", style="yellow")

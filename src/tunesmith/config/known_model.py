@@ -1,0 +1,42 @@
+"""The config of a model that is on this machine: what can be said of it before anything is loaded or fetched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tunesmith.contracts.errors import UserError
+
+
+def known_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The config of the language model in a local folder or in the hub's cache; None where it is in neither.
+
+    The hub is not asked.
+
+    Args:
+        name: as `model.name` has it, and so have the others.
+
+    Raises:
+        UserError: it looks like a folder and is none, holds no model, or its `config.json` cannot be read.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+    from transformers import AutoConfig
+
+    from tunesmith.models.loader import local_folder
+
+    where = local_folder(name)
+    if where is None:
+        try:
+            cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        except HFValidationError:  # no hub id either, which whoever loads it says better
+            return None
+        if not isinstance(cached, str):
+            return None
+        where = Path(cached).parent
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(f"model.name: the config.json of {name} cannot be read: {first}.") from error
+    return config.get_text_config()
