@@ -107,7 +107,8 @@ requirements() {
 with open("pyproject.toml", "rb") as file:
     table = tomllib.load(file)
 extras = table["project"]["optional-dependencies"]
-print(*table["project"]["dependencies"], *extras["plot"], *extras["gguf"], *extras["trl"], *table["dependency-groups"]["dev"], sep="\n")'
+wanted = [extras[name] for name in ("plot", "gguf", "optimizers", "trl", "tensorboard", "mlflow", "trackio")]
+print(*table["project"]["dependencies"], *sum(wanted, []), *table["dependency-groups"]["dev"], sep="\n")'
 }
 
 # Kernels need it, and on a CPU its interpreter tests them; where it has no wheel everything else works.

@@ -127,9 +127,14 @@ def _section_table(section: type[BaseModel]) -> Iterator[str]:
 
 
 def settings_pages() -> Iterator[str]:
-    """A table for each section of a run file, and for the two groups that `data` holds."""
+    """A table for each section of a run file, and for the groups of settings that sections hold."""
     from tunesmith.settings.data import HeldOutSettings, SourceSettings
+    from tunesmith.settings.run import EarlyStoppingSettings, GroupSettings
 
+    parts: dict[str, tuple[tuple[str, type[BaseModel]], ...]] = {
+        "data": (("A source", SourceSettings), ("Held-out rows", HeldOutSettings)),
+        "train": (("Early stopping", EarlyStoppingSettings), ("A group of parameters", GroupSettings)),
+    }
     yield "## Settings\n"
     for name, field in RunSettings.model_fields.items():
         section = field.annotation
@@ -138,11 +143,10 @@ def settings_pages() -> Iterator[str]:
         yield f"### {name}\n"
         yield f"{_one_line(section.__doc__)}\n"
         yield from _section_table(section)
-        if name == "data":
-            for title, part in (("A source", SourceSettings), ("Held-out rows", HeldOutSettings)):
-                yield f"#### {title}\n"
-                yield f"{_one_line(part.__doc__)}\n"
-                yield from _section_table(part)
+        for title, part in parts.get(name, ()):
+            yield f"#### {title}\n"
+            yield f"{_one_line(part.__doc__)}\n"
+            yield from _section_table(part)
 
 
 # ---------------------------------------------------------------- commands

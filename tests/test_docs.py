@@ -214,6 +214,7 @@ def test_every_event_field_is_explained() -> None:
     for kind in (
         events.Started,
         events.Stepped,
+        events.Measured,
         events.Evaluated,
         events.Saved,
         events.Warned,

@@ -160,6 +160,7 @@ LIGHT = {
     "tunesmith.settings.run": HEAVY,
     "tunesmith.planning": HEAVY,
     "tunesmith.cli.main": HEAVY,
+    "tunesmith.cli.runs": HEAVY,
 }
 
 

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from tunesmith.config.execute import execute
 from tunesmith.config.load import load_settings
 from tunesmith.config.result import RunResult
+from tunesmith.config.terminal import open_console
 
 
 def train(
@@ -28,6 +31,5 @@ def train(
         tunesmith.UserError: anything that you can mend, in one sentence; `ConfigError` lists every problem
             of the settings.
     """
-    from rich.console import Console
-
-    return execute(load_settings(run, overrides), Console(quiet=quiet))
+    console = Console(quiet=True) if quiet else open_console()
+    return execute(load_settings(run, overrides), console)

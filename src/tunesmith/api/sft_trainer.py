@@ -12,7 +12,7 @@ from tunesmith.api.arguments import check_foreign
 from tunesmith.api.facts import Facts, facts_of
 from tunesmith.api.memory import fit_policy, policies_of
 from tunesmith.contracts.errors import UserError
-from tunesmith.training.optim import parameter_groups
+from tunesmith.training.groups import parameter_groups
 
 try:
     from trl.trainer.sft_trainer import SFTTrainer as TrlTrainer

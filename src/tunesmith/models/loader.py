@@ -37,8 +37,8 @@ def choose_dtype(setting: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def _local_or_hub(name: str) -> str:
-    """The folder or hub id to load from; what looks like a path but is none is refused before the hub is asked.
+def local_folder(name: str) -> Path | None:
+    """The local folder that `model.name` is; None for what can only be a hub id, which is not asked for.
 
     Raises:
         UserError: there is no such folder, or it holds no model.
@@ -52,7 +52,7 @@ def _local_or_hub(name: str) -> str:
                 if (path / "adapter_config.json").is_file()
                 else _inside(path),
             )
-        return str(path)
+        return path
     if path.is_file():
         raise UserError(f"model.name: {path} is a file.", hint="Give the folder that holds config.json.")
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -63,8 +63,19 @@ def _local_or_hub(name: str) -> str:
             f"model.name: there is no folder {path}.",
             hint=f"Did you mean {path.parent / near[0]}?" if near else None,
         )
-    offline_if_unreachable()
-    return name
+    return None
+
+
+def _local_or_hub(name: str) -> str:
+    """The folder or hub id to load from; what looks like a path but is none is refused before the hub is asked.
+
+    Raises:
+        UserError: there is no such folder, or it holds no model.
+    """
+    folder = local_folder(name)
+    if folder is None:
+        offline_if_unreachable()
+    return name if folder is None else str(folder)
 
 
 def _inside(folder: Path) -> str | None:

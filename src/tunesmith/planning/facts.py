@@ -1,0 +1,181 @@
+"""What the planner knows of a model: sizes of its layers and of what stands around them. Torch-free.
+
+`planning.read_facts` reads them from a `config.json`; bytes, seconds and plans are worked out from them alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """Sizes of one decoder layer.
+
+    Attributes:
+        hidden: columns of the residual stream (D).
+        inner: columns of the gated activation (I).
+        heads: query heads; kv_heads: key/value heads; head_dim: columns of each.
+        rotary_dim: leading columns of a head that rotate; 0 where the layer has no rotary positions.
+        gated: whether the MLP has a gate beside its up projection.
+        qkv_parts: matrices that hold q, k and v, 3 or 1.
+        gate_up_parts: 2, or 1 where they are one or there is no gate.
+        norms: whether a norm stands before attention, behind it, before the MLP and behind it.
+        norm_bias: whether norms have a bias besides their weight.
+        qk_norm: whether q and k are normed; qk_full: over all heads of a token at once.
+        parallel: whether both blocks read the layer's input.
+        qkv_bias, output_bias, gate_up_bias, down_bias: whether the projections have a bias.
+        window: keys that a query sees, None for all before it.
+        softcap: whether attention scores are capped.
+    """
+
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    gated: bool = True
+    qkv_parts: int = 3
+    gate_up_parts: int = 2
+    norms: tuple[bool, bool, bool, bool] = (True, False, True, False)
+    norm_bias: bool = False
+    qk_norm: bool = False
+    qk_full: bool = False
+    parallel: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    gate_up_bias: bool = False
+    down_bias: bool = False
+    window: int | None = None
+    softcap: bool = False
+
+    @property
+    def q_columns(self) -> int:
+        """Columns of q, and of the output of attention."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_columns(self) -> int:
+        """Columns of k, and of v."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def qkv_columns(self) -> int:
+        """Columns of the fused q, k, v buffer."""
+        return self.q_columns + 2 * self.kv_columns
+
+    @property
+    def gate_up_columns(self) -> int:
+        """Columns of gate and up side by side, or of up alone."""
+        return self.inner * (2 if self.gated else 1)
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(output columns, input columns) of each group of projections."""
+        return {
+            "qkv": (self.qkv_columns, self.hidden),
+            "output": (self.hidden, self.q_columns),
+            "gate_up": (self.gate_up_columns, self.hidden),
+            "down": (self.hidden, self.inner),
+        }
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Elements of all projection weights."""
+        return sum(rows * columns for rows, columns in self.matrices.values())
+
+    @property
+    def small_parameters(self) -> int:
+        """Elements of norms and biases."""
+        norm = self.hidden * (2 if self.norm_bias else 1)
+        # a norm that both blocks share is one module
+        standing = 1 if self.parallel else sum(self.norms)
+        qk = (self.q_columns + self.kv_columns if self.qk_full else 2 * self.head_dim) if self.qk_norm else 0
+        biases = (
+            self.qkv_bias * self.qkv_columns
+            + self.output_bias * self.hidden
+            + self.gate_up_bias * self.gate_up_columns
+            + self.down_bias * self.hidden
+        )
+        return standing * norm + qk + biases
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """A whole model.
+
+    Attributes:
+        name: as the user called it.
+        model_type: of its config.
+        layers: from the first to the last.
+        vocabulary: rows of embeddings and head (V).
+        tied: whether the head is the embedding matrix.
+        head_bias: whether the head has a bias.
+        longest: positions that the model was made for.
+        unfused: why its layers are not fused, empty where they are.
+    """
+
+    name: str
+    model_type: str
+    layers: tuple[LayerFacts, ...]
+    vocabulary: int
+    tied: bool
+    head_bias: bool = False
+    longest: int | None = None
+    unfused: str = ""
+
+    @property
+    def hidden(self) -> int:
+        """Columns of the residual stream."""
+        return self.layers[0].hidden
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Elements of the embeddings, and of the head where it is a matrix of its own."""
+        matrix = self.vocabulary * self.hidden
+        return matrix * (1 if self.tied else 2) + self.vocabulary * self.head_bias
+
+    @property
+    def parameters(self) -> int:
+        """Elements of everything, the last norm included."""
+        layers = sum(layer.matrix_parameters + layer.small_parameters for layer in self.layers)
+        last_norm = self.hidden * (2 if self.layers[0].norm_bias else 1)
+        return layers + self.embedding_parameters + last_norm
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How the model trains, and on what.
+
+    Attributes:
+        documents: lengths of the documents of a micro-batch, one row without padding.
+        supervised: tokens of them that train.
+        quantize: `none`, `nf4` or `int8`, how the layers' matrices are held.
+        rank: of the LoRA adapters; 0 for full fine-tuning.
+        adapted: groups that carry an adapter, of `qkv`, `output`, `gate_up` and `down`.
+        dropout: whether adapters drop.
+        optimizer: a name of `planning.fit.STATE_BYTES`.
+        itemsize: bytes of the type that everything is computed in.
+        trained_itemsize: bytes of a trained parameter, and of its gradient.
+    """
+
+    documents: tuple[int, ...]
+    supervised: int
+    quantize: str = "none"
+    rank: int = 16
+    adapted: tuple[str, ...] = ("qkv", "output", "gate_up", "down")
+    dropout: bool = False
+    optimizer: str = "adamw"
+    itemsize: int = 2
+    trained_itemsize: int = 4
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the micro-batch (T)."""
+        return sum(self.documents)
+
+    @property
+    def full(self) -> bool:
+        """Whether all weights train."""
+        return self.rank == 0
