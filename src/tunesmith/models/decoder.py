@@ -82,54 +82,6 @@ def _middle(call: LayerCall, stash: Stash, operands: AllOperands, weights: Weigh
     return _onto(call, 0, residual_TD, output_TN, stash, operands.output, weights)
 
 
-def _onto(
-    call: LayerCall,
-    block: int,
-    residual_TD: Tensor,
-    x_TK: Tensor,
-    stash: Stash,
-    operands: Operands | None,
-    weights: Weights,
-) -> Tensor:
-    """The residual stream after a block (0 attention, 1 MLP) whose last projection reads `x_TK`."""
-    name = ("output", "down")[block]
-    if call.norms[2 * block + 1] is None:
-        return project_onto(call, name, residual_TD, x_TK, stash, operands, weights)
-    branch_TD = project_onto(call, name, None, x_TK, stash, operands, weights)
-    stash.large[f"branch{block}"] = branch_TD
-    return layer_norms.behind(call, block, branch_TD, residual_TD, stash)
-
-
-def _mlp_input(call: LayerCall, stash: Stash) -> Tensor:
-    """The stream that the norm before the MLP reads."""
-    return call.only(stash.large["input"]) if call.shape.parallel else stash.large["middle"]
-
-
-def _gate_up(call: LayerCall, stash: Stash, operands: AllOperands, weights: Weights) -> Tensor:
-    """gate and up `[T, 2I]` without the adapters, which the activation kernels add."""
-    normed_TD = layer_norms.before(call, 1, _mlp_input(call, stash), stash)
-    return project_with_adapters(call, "gate_up", normed_TD, stash, operands.gate_up, weights)
-
-
-def _activation_arguments(call: LayerCall, stash: Stash, operands: AllOperands) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"activation": call.shape.activation, "gated": call.shape.gated}
-    if operands.gate_up is not None:
-        arguments |= {
-            "xa_TR": stash.small["u_gate_up"],
-            "b_NR": operands.gate_up.b_NR,
-            "rank": call.groups.gate_up.rank,
-        }
-    return arguments
-
-
-def _activated(call: LayerCall, stash: Stash, operands: AllOperands) -> Tensor:
-    """What the down projection reads `[T, I]`, in rows with room for its u; goes into the stash."""
-    gate_up_TN, inner, room = stash.large["gate_up"], call.groups.down.inputs, beside(call.groups.down)
-    act_TI = gate_up_TN.new_empty(gate_up_TN.shape[0], inner + room)[:, :inner]
-    stash.large["act"] = glu(gate_up_TN, **_activation_arguments(call, stash, operands), out_TI=act_TI)
-    return act_TI
-
-
 def layer_forward(call: LayerCall, hidden_TD: Tensor) -> tuple[Tensor, Stash]:
     """Output of the layer `[T, D]`, of `call.rows` where given, and everything that its backward may want to keep."""
     operands = AllOperands.build(call.groups, hidden_TD.dtype)
@@ -145,54 +97,6 @@ def layer_forward(call: LayerCall, hidden_TD: Tensor) -> tuple[Tensor, Stash]:
 
 
 # ---------------------------------------------------------------------- backward, in two halves
-
-
-def _mlp_backward(
-    call: LayerCall,
-    grad_TD: Tensor,
-    stash: Stash,
-    operands: AllOperands,
-    weights: Weights,
-    found: Gradients,
-) -> Tensor:
-    """∂ of the stream that the MLP reads, `grad_TD` included; gradients of its parameters go into `found`."""
-    small, groups = stash.small, call.groups
-    arguments = _activation_arguments(call, stash, operands)
-    grad_branch_TD = layer_norms.through_behind(call, 1, grad_TD, stash, found)
-    grad_act_TI = grad_branch_TD @ weights.take("down")
-    grad_u = grad_b = None
-    if operands.down is not None:
-        grad_u, grad_b = output_gradients(grad_branch_TD, groups.down, operands.down, small["u_down"])
-        if groups.down.dropout == 0.0:  # ∂a += ∂u A happens inside the activation's kernel
-            arguments |= {"down_dxa_TR": grad_u, "down_a_RI": operands.down.a_QK}
-        else:
-            add_dropped(grad_act_TI, groups.down, operands.down, grad_u, call.seeds[3])
-    grad_down_TD = grad_branch_TD if groups.down.trains else None
-    del grad_branch_TD
-    grad_gate_up_TN, act_TI = stash.large.pop("gate_up"), stash.large.pop("act", None)
-    # in place: gate and up become their gradients, and ∂a becomes a where that was not kept
-    grad_u_gate_up = glu_backward_(grad_gate_up_TN, grad_act_TI, recompute=act_TI is None, **arguments)
-    act_TI = grad_act_TI if act_TI is None else act_TI
-    if operands.down is not None:
-        assert grad_u is not None
-        assert grad_b is not None
-        grad_a = adapter_a_gradient(act_TI, groups.down, grad_u, call.seeds[3])
-        found.adapters["down"] = split_gradients(groups.down, grad_a, grad_b)
-    if grad_down_TD is not None:
-        found.own["down"] = own_gradients(groups.down, grad_down_TD, act_TI)
-    del grad_act_TI, act_TI, grad_down_TD
-    if operands.gate_up is not None:
-        grad_u_gate_up, grad_b = output_gradients(
-            grad_gate_up_TN, groups.gate_up, operands.gate_up, small["u_gate_up"], grad_u_TQ=grad_u_gate_up
-        )
-    grad_normed_TD = input_gradient(
-        weights, "gate_up", groups.gate_up, operands.gate_up, grad_gate_up_TN, grad_u_gate_up
-    )
-    own_TN = grad_gate_up_TN if groups.gate_up.trains else None
-    del grad_gate_up_TN
-    reader = Reader("gate_up", groups.gate_up, operands.gate_up, own_TN, grad_u_gate_up, grad_b)
-    stream_TD = _mlp_input(call, stash)
-    return layer_norms.through_before(call, 1, grad_normed_TD, stream_TD, stash, grad_TD, reader, found)
 
 
 def _attention_backward(

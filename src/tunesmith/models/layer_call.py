@@ -5,7 +5,8 @@ Shape suffixes: T tokens, D hidden size, N columns of qkv, K head size or input 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -118,6 +119,8 @@ class LayerCall:
         rotary_dim: leading columns of a head that rotate.
         seeds: seeds of the four groups' dropout masks.
         rows: int64 `[S]`, positions of the row that anything reads from this layer's output; None for all.
+        tile_tokens: tokens beyond which the MLP is computed in tiles of at most as many, where gate and up are not
+            kept (`tiles`); None for never.
     """
 
     shape: LayerShape
@@ -131,6 +134,7 @@ class LayerCall:
     offloader: Offloader
     seeds: tuple[int, int, int, int]
     rows: Tensor | None = None
+    tile_tokens: int | None = None
 
     @property
     def layout(self) -> RotaryLayout:
@@ -155,7 +159,11 @@ class LayerCall:
 
     def moves(self, stage: str) -> bool:
         """Whether the policy moves the result of a stage to the host, which takes it in one piece."""
-        return self.policy.offload and stage in self.policy.keep
+        return stage in self.policy.offload
+
+    def rebuilds(self, name: str) -> bool:
+        """Whether backward computes a small tensor again, with the stage that it falls out of."""
+        return name in REBUILT_WITH and REBUILT_WITH[name] not in self.policy.keep
 
 
 @dataclass(slots=True)
@@ -163,7 +171,7 @@ class Stash:
     """What lies between forward and backward.
 
     Attributes:
-        small: rank-wide products and row statistics, always kept.
+        small: rank-wide products and row statistics, kept unless backward comes by them again.
         large: results of the stages, kept by policy.
         backend: the attention backend that computed `output`.
         operands: the adapters cast for the GEMMs.
@@ -175,14 +183,23 @@ class Stash:
     operands: AllOperands | None = None
 
 
-STAGE_TENSORS: dict[str, Callable[[str], bool]] = {
-    "qkv": lambda name: name == "qkv",
-    "attention": lambda name: name == "output" or name.startswith("attention."),
-    "middle": lambda name: name == "middle" or name.startswith("branch"),
-    "gate_up": lambda name: name == "gate_up",
-    "act": lambda name: name == "act",
+def stage_of(name: str) -> str:
+    """The stage of a policy whose result a large tensor is, or is part of; `input` for the layer's input."""
+    if name == "output" or name.startswith("attention."):
+        return "attention"
+    return "middle" if name.startswith("branch") else name
+
+
+REBUILT_WITH = {
+    "before0": "qkv",
+    "u_qkv": "qkv",
+    "before1": "gate_up",
+    "u_gate_up": "gate_up",
+    "behind0": "middle",
+    "behind1": "middle",
 }
-"""Which large tensors belong to a stage of a policy."""
+"""Small tensors that computing a stage again gives again, most of them out of the same GEMM. Those of the other two
+groups, u_output and u_down, would each take a pass over the widest rows for 32 bytes a token at rank 16."""
 
 
 class Weights:
@@ -195,6 +212,18 @@ class Weights:
     def __init__(self, groups: Groups, dtype: torch.dtype, *, again: bool) -> None:
         self._groups, self._dtype, self._again = groups, dtype, again
         self._held: dict[str, Tensor] = {}
+        self._shared: tuple[str, ...] = ()
+
+    @contextmanager
+    def shared(self, *names: str) -> Iterator[None]:
+        """Read these once and hold them until the end of the context: all tiles of a pass use them."""
+        self._shared = names
+        try:
+            yield
+        finally:
+            self._shared = ()
+            for name in names:
+                self._held.pop(name, None)
 
     def get(self, name: str, operands: Operands | None = None) -> Tensor:
         """The weight `[N, K]` of a group for a forward product.
@@ -203,13 +232,16 @@ class Weights:
             operands: adapters to put into its buffer where that has room: A below, `[N + Q, K]`, for the groups that
                 read the normed stream; B beside, `[N, K + R]`, for those that write onto the residual stream.
         """
-        group, weight = self._read(name)
-        if self._again:
+        held = self._held.get(name)
+        group, weight = self._read(name) if held is None else (getattr(self._groups, name), held)
+        if self._again or name in self._shared:
             self._held[name] = weight
         return _joined(name, group, weight, operands)
 
     def take(self, name: str, operands: Operands | None = None) -> Tensor:
-        """The same for the gradient, its last use: dropped when the caller lets go of it."""
+        """The same for the gradient, its last use: dropped when the caller lets go of it, unless it is shared."""
+        if name in self._shared:
+            return self.get(name, operands)
         held = self._held.pop(name, None)
         group, weight = self._read(name) if held is None else (getattr(self._groups, name), held)
         return _joined(name, group, weight, operands)

@@ -10,7 +10,26 @@
 
 The norms' results are never kept: backward needs them in products only that it takes from their inputs. What a norm
 behind a block reads is kept with the middle. The gated activation costs backward one more write of it where it is not
-kept. Every policy gives the same numbers; they differ in bytes and seconds only.
+kept. Every policy gives the same numbers; they differ in bytes and seconds only. Rank-wide products and statistics
+of rows are kept or rebuilt with the stage that they fall out of (`layer_call.REBUILT_WITH`); where nothing but the
+input is kept and that travels, what is left of them travels with it.
+
+Why these rows. Per layer of the 8B shape at 8,192 tokens in bfloat16, on an H100 whose forward pass of a layer takes
+5 ms and whose host link moves 54 GB/s each way beside it:
+
+    what is given up                  MB saved     ms it costs      MB a ms
+    act                                  235        0.2              1,100
+    input, qkv, attention, middle        302        0.6 at most        500    travels: 5.6 ms on a link of its own
+    gate_up                              470        2.8                170
+    qkv, once gate_up is gone            101        0.7                140    attention itself is not computed again
+    attention, middle                    134        1.3                100
+
+So what attention needs travels before gate and up are given up (`keep_offload_attention`): 5.6 ms of copying hide
+behind 5 ms of forward almost, and entirely where only some of the layers do so. gate_up itself never travels: 8.7 ms
+of link for what 2.8 ms of GEMM give. Nor is a middle or an attention output moved alone: what is smaller than the
+layer's time on the link is hidden already. The times of rows of the table come from `benchmarks/RESULTS.md` (a
+step of 32 layers: keep_all 0.494 s and keep 0.501 s over 16-bit weights; keep 0.508 s, recompute_gate_up 0.597 s,
+offload_attention 0.602 s over 4-bit ones) and from the operations of a stage.
 """
 
 from __future__ import annotations
@@ -18,6 +37,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 STAGES = ("qkv", "attention", "middle", "gate_up", "act")
+
+_HALF = frozenset({"qkv", "attention", "middle"})
+_INPUT = frozenset({"input"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,32 +49,32 @@ class Policy:
     Attributes:
         name: as `memory.policy` and reports say it.
         keep: stages of `STAGES` whose results are held; the others are computed again in backward.
-        offload: whether the layer's input and what is kept lie in pinned host memory in the meantime.
+        offload: of these and the layer's `input`, what lies in pinned host memory in the meantime.
     """
 
     name: str
     keep: frozenset[str]
-    offload: bool = False
+    offload: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         assert self.keep <= set(STAGES)
-        # the log-sum-exp of attention is of no use without q, k and v, nor the middle without the output
-        assert "attention" not in self.keep or "qkv" in self.keep
+        assert self.offload <= self.keep | _INPUT
         # backward reads the activation beside gate and up only
         assert "act" not in self.keep or "gate_up" in self.keep
 
-
-_HALF = frozenset({"qkv", "attention", "middle"})
 
 POLICIES: dict[str, Policy] = {
     policy.name: policy
     for policy in (
         Policy("keep_all", frozenset(STAGES)),
         Policy("keep", _HALF | {"gate_up"}),
+        Policy("keep_offload_attention", _HALF | {"gate_up"}, offload=_HALF | _INPUT),
         Policy("recompute_gate_up", _HALF),
-        Policy("offload_attention", _HALF, offload=True),
+        Policy("offload_attention", _HALF, offload=_HALF | _INPUT),
+        Policy("recompute_projections", frozenset({"attention", "middle"})),
         Policy("recompute", frozenset()),
-        Policy("offload", frozenset(), offload=True),
+        Policy("offload", frozenset(), offload=_INPUT),
     )
 }
-"""Fastest first; each needs less GPU memory than the one before."""
+"""Fastest first, on a card whose host link is as fast as that of an H100. Of those that move nothing to the host each
+needs less GPU memory than the one before, and so does each of those that do."""

@@ -21,12 +21,14 @@ class LayerFacts:
         qkv_parts: matrices that hold q, k and v, 3 or 1.
         gate_up_parts: 2, or 1 where they are one or there is no gate.
         norms: whether a norm stands before attention, behind it, before the MLP and behind it.
+        layer_norm: whether norms subtract the mean, as layer norms do.
         norm_bias: whether norms have a bias besides their weight.
         qk_norm: whether q and k are normed; qk_full: over all heads of a token at once.
         parallel: whether both blocks read the layer's input.
         qkv_bias, output_bias, gate_up_bias, down_bias: whether the projections have a bias.
         window: keys that a query sees, None for all before it.
         softcap: whether attention scores are capped.
+        idle_parameters: elements of the layer that a token does not meet: experts it is not sent to, their router.
     """
 
     hidden: int
@@ -39,6 +41,7 @@ class LayerFacts:
     qkv_parts: int = 3
     gate_up_parts: int = 2
     norms: tuple[bool, bool, bool, bool] = (True, False, True, False)
+    layer_norm: bool = False
     norm_bias: bool = False
     qk_norm: bool = False
     qk_full: bool = False
@@ -49,6 +52,7 @@ class LayerFacts:
     down_bias: bool = False
     window: int | None = None
     softcap: bool = False
+    idle_parameters: int = 0
 
     @property
     def q_columns(self) -> int:
@@ -114,6 +118,7 @@ class ModelFacts:
         head_bias: whether the head has a bias.
         longest: positions that the model was made for.
         unfused: why its layers are not fused, empty where they are.
+        other_parameters: elements beside the language model that lie frozen: a vision tower.
     """
 
     name: str
@@ -124,6 +129,7 @@ class ModelFacts:
     head_bias: bool = False
     longest: int | None = None
     unfused: str = ""
+    other_parameters: int = 0
 
     @property
     def hidden(self) -> int:
@@ -139,9 +145,11 @@ class ModelFacts:
     @property
     def parameters(self) -> int:
         """Elements of everything, the last norm included."""
-        layers = sum(layer.matrix_parameters + layer.small_parameters for layer in self.layers)
+        layers = sum(
+            layer.matrix_parameters + layer.small_parameters + layer.idle_parameters for layer in self.layers
+        )
         last_norm = self.hidden * (2 if self.layers[0].norm_bias else 1)
-        return layers + self.embedding_parameters + last_norm
+        return layers + self.embedding_parameters + last_norm + self.other_parameters
 
 
 @dataclass(frozen=True, slots=True)

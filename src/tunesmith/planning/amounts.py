@@ -1,0 +1,330 @@
+"""What a training step computes and moves: operations and bytes of each part, before any card is known. Torch-free.
+
+It follows `models.decoder` pass by pass. With T tokens, a layer's group of N output and K input columns takes
+
+    forward     one GEMM of 2 T N K operations, [W; A] or [W | B] where there is an adapter
+    backward    one for the gradient of its input, and one for that of its weight where that trains
+    4 bits      one pass over the weight forward and one backward, whatever is recomputed
+
+and products with an adapter's few columns are passes over the wide operand: they are as fast as memory, not as GEMMs.
+Everything else counts as the bytes that its kernel reads and writes.
+
+Attention counts pairs of a query and a key that it sees: 4 operations for each column of the heads forward, 10
+backward. A query costs as much as `EXTRA_KEYS` pairs besides: blocks on the diagonal are computed whole, the softmax
+begins and ends, backward passes over its operands before and after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tunesmith.planning.facts import LayerFacts, ModelFacts, Work
+from tunesmith.planning.fit import STATE_BYTES
+
+EXTRA_KEYS = (250, 670)
+"""Forward and backward. cuDNN on one H100 reaches 569 / 441 TFLOP/s on documents of 4,096 and 324 / 162 on 512, which
+these figures explain; they then give 0.88 / 0.76 of the full rate for a window of 1,024 in 4,096, where 0.86 / 0.77
+were measured (benchmarks/RESULTS.md)."""
+
+HEAD_SHARES = {64: (0.64, 0.71), 96: (0.76, 0.81), 128: (1.0, 1.0), 256: (1.05, 0.77)}
+"""Rate of attention forward and backward by columns of a head, against 128 (the same table)."""
+
+TRITON_SHARES = (0.66, 0.33)
+"""The same where scores are capped, which our own kernels compute: seven products backward in place of five."""
+
+HELD_BYTES = {"nf4": 0.5 + 1 / 64, "int8": 1.0}
+"""Of an element of a quantised weight, scales included."""
+
+CHUNK_BYTES = 256 * 2**20
+"""Of the head's logits at once (`kernels.linear_logprob`)."""
+
+SOFTMAX_PASSES = 3.6
+"""Passes over a chunk of logits that the kernel of softmax and gradient takes the time of: it reads them twice, writes
+them once, and takes 0.080 ms for 256 × 128,256 of them on one H100 (55% of copying)."""
+
+FEW = 0.75
+"""Share of supervised tokens up to which the last layer computes only these after its attention (`models.head`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """Work of a part of a step.
+
+    Attributes:
+        products: operations of GEMMs.
+        moved: bytes that passes read and write.
+        kernels: launches.
+        attention_forward: operations at the rate of heads of 128 columns; attention_backward likewise.
+    """
+
+    products: float = 0.0
+    moved: float = 0.0
+    kernels: int = 0
+    attention_forward: float = 0.0
+    attention_backward: float = 0.0
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(
+            self.products + other.products,
+            self.moved + other.moved,
+            self.kernels + other.kernels,
+            self.attention_forward + other.attention_forward,
+            self.attention_backward + other.attention_backward,
+        )
+
+
+NOTHING = Amount()
+
+
+def _total(amounts: Iterable[Amount]) -> Amount:
+    return sum(amounts, NOTHING)
+
+
+@lru_cache(maxsize=1024)
+def pairs(documents: tuple[int, ...], window: int | None) -> int:
+    """Pairs of a query and a key that it sees, itself included."""
+    total = 0
+    for length in documents:
+        seen = length if window is None else min(length, window)
+        total += seen * (seen + 1) // 2 + (length - seen) * seen
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAmounts:
+    """What one layer computes and moves.
+
+    Attributes:
+        rows: tokens that anything reads from its output; all but in a last layer of few supervised tokens.
+    """
+
+    layer: LayerFacts
+    work: Work
+    rows: int
+
+    # ------------------------------------------------------------------ primitives
+
+    def _pass(self, elements: float, count: int = 1) -> Amount:
+        """`count` kernels that read and write so many elements of the compute type together."""
+        return Amount(moved=elements * self.work.itemsize, kernels=count)
+
+    def _gemm(self, name: str, rows: int) -> Amount:
+        outputs, inputs = self.layer.matrices[name]
+        ranks = self._ranks(name)
+        # A lies below W; B beside it
+        extra = ranks * (inputs if name in ("qkv", "gate_up") else outputs)
+        return Amount(products=2.0 * rows * (outputs * inputs + extra), kernels=1)
+
+    def _parts(self, name: str) -> int:
+        return {"qkv": self.layer.qkv_parts, "gate_up": self.layer.gate_up_parts}.get(name, 1)
+
+    def _ranks(self, name: str) -> int:
+        """Columns of all adapters of a group."""
+        return self.work.rank * self._parts(name) if name in self.work.adapted else 0
+
+    def _weight(self, name: str) -> Amount:
+        """The weight of a group in the compute type, where it is held in another."""
+        work, elements = self.work, self.layer.matrices[name][0] * self.layer.matrices[name][1]
+        held = HELD_BYTES.get(work.quantize, work.trained_itemsize if work.full else work.itemsize)
+        if held == work.itemsize:
+            return NOTHING
+        return Amount(moved=elements * (held + work.itemsize), kernels=self._parts(name))
+
+    def _masks(self, name: str, rows: int) -> Amount:
+        """Dropout: each projection draws a mask, scales it and multiplies a copy of its input."""
+        if not (self.work.dropout and self._ranks(name)):
+            return NOTHING
+        return self._pass(6 * rows * self.layer.matrices[name][1] * self._parts(name), 4 * self._parts(name))
+
+    # ------------------------------------------------------------------ forward
+
+    def _norm(self, place: int, rows: int) -> Amount:
+        """A norm before a block: reads and writes the stream."""
+        return self._pass(2 * rows * self.layer.hidden) if self.layer.norms[place] else NOTHING
+
+    def _read_by(self, name: str, rows: int, *, moves: bool = False) -> Amount:
+        """The GEMM of a group that reads the normed stream, and its adapters' u."""
+        found = self._gemm(name, rows)
+        if self._ranks(name):
+            apart = self.work.dropout or (moves and self._parts(name) > 1)
+            found += self._pass(rows * self.layer.hidden if apart else 0.0)
+        return found + self._masks(name, rows)
+
+    def _onto(self, name: str, place: int) -> Amount:
+        """The GEMM of a group that writes onto the residual stream, the adapter's u, and the sum."""
+        layer, rows = self.layer, self.rows
+        found = self._gemm(name, rows) + self._masks(name, rows)
+        single = 3.0
+        if self._ranks(name):
+            found += self._pass(rows * layer.matrices[name][1], 2)
+            if self.work.quantize == "none" or self.work.dropout:
+                single = 4.0  # the product waits in float32
+        return found + self._pass(single * rows * layer.hidden, 2 if layer.norms[place] else 1)
+
+    def qkv(self, *, moves: bool = False) -> Amount:
+        """q, k and v as they are kept.
+
+        Args:
+            moves: whether they travel to the host, for which their rows are laid together.
+        """
+        layer, tokens = self.layer, self.work.tokens
+        found = self._norm(0, tokens) + self._read_by("qkv", tokens, moves=moves)
+        if not layer.qk_norm:
+            if self._ranks("qkv"):
+                found += self._pass(2 * tokens * layer.qkv_columns)
+            elif layer.rotary_dim:
+                found += self._pass(2 * tokens * (layer.q_columns + layer.kv_columns))
+        return found
+
+    def _normed_qk(self) -> Amount:
+        """The pass that norms and rotates q and k into another buffer."""
+        return self._pass(2 * self.work.tokens * self.layer.qkv_columns) if self.layer.qk_norm else NOTHING
+
+    def _attended(self, direction: int) -> float:
+        """Operations of attention, at the rate of heads of 128 columns."""
+        layer, documents = self.layer, self.work.documents
+        size = next((size for size in HEAD_SHARES if layer.head_dim <= size), max(HEAD_SHARES))
+        share = (TRITON_SHARES if layer.softcap else HEAD_SHARES[size])[direction]
+        seen = pairs(documents, layer.window) + EXTRA_KEYS[direction] * self.work.tokens
+        return (4.0, 10.0)[direction] * layer.q_columns * seen / share
+
+    def attention(self) -> Amount:
+        """The output of attention from q, k and v as they are kept."""
+        return self._normed_qk() + Amount(kernels=1, attention_forward=self._attended(0))
+
+    def middle(self) -> Amount:
+        """The residual stream after attention."""
+        return self._onto("output", 1) + self._picked(2 * self.layer.q_columns)
+
+    def gate_up(self) -> Amount:
+        """Gate and up before the activation."""
+        return self._norm(2, self.rows) + self._read_by("gate_up", self.rows)
+
+    def act(self) -> Amount:
+        """The gated activation."""
+        return self._pass(self.rows * (self.layer.gate_up_columns + self.layer.inner))
+
+    def down(self) -> Amount:
+        """The layer's output."""
+        return self._onto("down", 3)
+
+    def weights(self) -> Amount:
+        """All four groups' weights in the compute type."""
+        return _total(self._weight(name) for name in self.layer.matrices)
+
+    def _picked(self, columns: int) -> Amount:
+        """Rows taken out of all tokens, or spread over them."""
+        if self.rows == self.work.tokens:
+            return NOTHING
+        return self._pass((2 * self.rows + self.work.tokens) * columns, 2)
+
+    # ------------------------------------------------------------------ backward
+
+    def _adapter(self, name: str, rows: int, *, given: bool) -> Amount:
+        """Gradients of a group's adapters.
+
+        Args:
+            given: whether another kernel computes ∂u.
+        """
+        if not self._ranks(name):
+            return NOTHING
+        outputs, inputs = self.layer.matrices[name]
+        kernels = 3 * self._parts(name) if given else 5 * self._parts(name)
+        found = self._pass(rows * (outputs * (1 if given else 2) + inputs), kernels)
+        if name == "output" or self.work.dropout:  # ∂u A is added to ∂x in a pass of its own
+            found += self._pass(2 * rows * inputs)
+        return found + self._masks(name, 2 * rows)
+
+    def _own(self, name: str, rows: int) -> Amount:
+        """∂W, where the weights train."""
+        if not self.work.full:
+            return NOTHING
+        outputs, inputs = self.layer.matrices[name]
+        found = Amount(products=2.0 * rows * outputs * inputs, kernels=1)
+        if self.work.trained_itemsize > self.work.itemsize:
+            found += Amount(moved=2.0 * outputs * inputs * self.work.trained_itemsize, kernels=1)
+        return found
+
+    def _through(self, place: int, rows: int) -> Amount:
+        """The gradient through a norm: a norm before a block adds the stream's other gradient too, and writes the
+        normed rows again where weights train."""
+        if not self.layer.norms[place]:
+            return NOTHING if place % 2 else self._pass(3 * rows * self.layer.hidden)
+        streams = 3 if place % 2 else 5 if self.work.full else 4
+        return self._pass(streams * rows * self.layer.hidden, 2 if self.work.full else 1)
+
+    def mlp_backward(self, *, act_kept: bool) -> Amount:
+        """From the gradient of the layer's output to that of the residual stream after attention."""
+        layer, rows = self.layer, self.rows
+        streams = 2 * layer.gate_up_columns + layer.inner * (1 if act_kept else 2)
+        return _total((
+            self._through(3, rows),
+            self._gemm("down", rows),
+            self._pass(rows * streams),
+            self._adapter("down", rows, given=False),
+            self._own("down", rows),
+            self._adapter("gate_up", rows, given=True),
+            self._gemm("gate_up", rows),
+            self._own("gate_up", rows),
+            self._through(2, rows),
+        ))  # fmt: skip
+
+    def attention_backward(self) -> Amount:
+        """From the gradient of the residual stream after attention to that of the layer's input."""
+        layer, tokens = self.layer, self.work.tokens
+        rotated = layer.q_columns + layer.kv_columns
+        turned = 3 * rotated if layer.qk_norm else 2 * rotated if layer.rotary_dim else 0
+        return _total((
+            self._through(1, self.rows),
+            self._gemm("output", self.rows),
+            self._adapter("output", self.rows, given=False),
+            self._own("output", self.rows),
+            self._picked(layer.q_columns + layer.hidden),
+            self._normed_qk(),
+            Amount(kernels=3, attention_backward=self._attended(1)),
+            self._pass(tokens * turned, 1 if turned else 0),
+            self._adapter("qkv", tokens, given=False),
+            self._gemm("qkv", tokens),
+            self._own("qkv", tokens),
+            self._through(0, tokens),
+        ))  # fmt: skip
+
+    # ------------------------------------------------------------------ whole passes
+
+    def forward(self, *, offload: bool = False) -> Amount:
+        """The whole forward pass."""
+        found = self.weights() + self.qkv(moves=offload) + self.attention() + self.middle()
+        found += self.gate_up() + self.act() + self.down()
+        return found + (self._pass(2 * self.work.tokens * self.layer.qkv_columns) if offload else NOTHING)
+
+    def backward(self, kept: frozenset[str]) -> Amount:
+        """The whole backward pass, with what was not kept computed again."""
+        layer = self.layer
+        found = self.weights() + self.mlp_backward(act_kept="act" in kept) + self.attention_backward()
+        if "qkv" not in kept:
+            found += self.qkv()
+        if "attention" not in kept:
+            found += self.attention()
+        if "middle" not in kept and not layer.parallel:
+            found += self.middle()
+        if "gate_up" not in kept:
+            found += self.gate_up()
+        if "middle" not in kept and layer.norms[3]:  # what the norm behind the MLP reads lies with the middle
+            found += self.act() + self.down()
+        return found
+
+    def travelling(self, kept: frozenset[str]) -> float:
+        """Bytes that a policy which offloads moves to the host, and back again."""
+        layer, work, tokens, rows = self.layer, self.work, self.work.tokens, self.rows
+        columns = {
+            "qkv": tokens * layer.qkv_columns,
+            "attention": tokens * layer.q_columns,
+            "middle": rows * layer.hidden * (1 + layer.norms[1] + layer.norms[3]),
+            "gate_up": rows * layer.gate_up_columns,
+            "act": rows * layer.inner,
+        }
+        elements = tokens * layer.hidden + sum(columns[stage] for stage in kept)
+        sums = 4.0 * tokens * layer.heads if "attention" in kept else 0.0
+        return elements * work.itemsize + sums

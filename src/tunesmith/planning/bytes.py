@@ -1,0 +1,240 @@
+"""What a training step holds at every moment: weights, optimizer, gradients, activations, head. Torch-free.
+
+`timeline` walks a step over the layers as they run, forward and backward, each under a policy of its own, and says
+what is alive at the peak of each; the largest of these is the peak of the step. What fused layers allocate is worked
+out buffer by buffer (`layer_bytes`), and held equal to the decoder by a test; around them stand the last norm, a
+stock module, and the head.
+
+Shape suffixes: T tokens, S supervised tokens, D hidden size, V vocabulary, C rows of a chunk of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tunesmith.planning.facts import LayerFacts, ModelFacts, Work
+from tunesmith.planning.fit import STATE_BYTES
+from tunesmith.planning.layer_bytes import IN_FLIGHT, PARTS, SPARE_ROWS, LayerBytes, layer_bytes
+from tunesmith.planning.tape import rounded
+
+LIBRARIES = 96 << 20
+"""What cuBLAS and others allocate for themselves: 60 to 95 MiB in each of two dozen runs on an H100."""
+
+CHUNK_BYTES = 256 << 20
+"""Upper bound of one chunk of logits, as `kernels.linear_logprob` has it."""
+
+LAST_NORM = {False: (14, 4, 22), True: (18, 8, 18)}
+"""Bytes for each element of `[T, D]` of the last norm, which is a stock module, by whether it is a layer norm:
+the most forward, what autograd holds, the most backward."""
+
+_NESTED = 256
+"""Scales of NF4 blocks that share one of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """Bytes that do not depend on tokens.
+
+    Attributes:
+        weights: of the model, as it is held.
+        adapter: of the adapters' parameters.
+        optimizer: of its state.
+        gradients: of everything that trains.
+    """
+
+    weights: int
+    adapter: int
+    optimizer: int
+    gradients: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What is alive at the peak of one stretch of a step.
+
+    Attributes:
+        label: such as `forward 3`, `head`, `backward 3`.
+        activations: what layers hold for backward.
+        passing: what the stretch itself needs, gradients of the head and embeddings included.
+        gradients: of what trains, so far.
+    """
+
+    label: str
+    activations: int
+    passing: int
+    gradients: int
+
+    @property
+    def bytes(self) -> int:
+        """All of them."""
+        return self.activations + self.passing + self.gradients
+
+
+def matrix_bytes(rows: int, columns: int, quantize: str, itemsize: int) -> int:
+    """A weight matrix as it is held."""
+    count = rows * columns
+    if quantize == "nf4":
+        blocks = -(-count // 64)
+        nested = rounded(-(-blocks // _NESTED) * 4) + rounded(_NESTED * 4) + rounded(16 * 4) + rounded(4)
+        return rounded(-(-count // 2)) + rounded(blocks) + nested
+    if quantize == "int8":
+        return rounded(count) + rounded(rows * 4)
+    return rounded(count * itemsize)
+
+
+def _layer_weights(layer: LayerFacts, work: Work) -> int:
+    """All weights of a layer."""
+    held = work.trained_itemsize if work.full else work.itemsize
+    total = (layer.small_parameters + layer.idle_parameters) * held
+    parts = {"qkv": layer.qkv_parts, "gate_up": layer.gate_up_parts}
+    for group, (rows, columns) in layer.matrices.items():
+        if work.quantize == "none":
+            spare = SPARE_ROWS * columns if group in parts else 0
+            total += rounded((rows * columns + spare) * held)
+            continue
+        for share in _shares(layer, group, parts.get(group, 1)):
+            total += matrix_bytes(share, columns, work.quantize, held)
+    return total
+
+
+def _shares(layer: LayerFacts, group: str, parts: int) -> list[int]:
+    """Output columns of the matrices of a group."""
+    if group == "qkv" and parts == 3:
+        return [layer.q_columns, layer.kv_columns, layer.kv_columns]
+    rows = layer.matrices[group][0]
+    return [rows // parts] * parts
+
+
+def adapter_parameters(model: ModelFacts, work: Work) -> int:
+    """Elements of all adapters."""
+    total = 0
+    for layer in model.layers:
+        parts = {"qkv": layer.qkv_parts, "gate_up": layer.gate_up_parts}
+        for group, (rows, columns) in layer.matrices.items():
+            if group in work.adapted:
+                total += work.rank * (parts.get(group, 1) * columns + rows)
+    return total
+
+
+def fixed_bytes(model: ModelFacts, work: Work) -> Fixed:
+    """What training holds whatever the number of tokens."""
+    held = work.trained_itemsize if work.full else work.itemsize
+    weights = sum(_layer_weights(layer, work) for layer in model.layers)
+    weights += (model.embedding_parameters + model.hidden + model.other_parameters) * held
+    trained = model.parameters if work.full else adapter_parameters(model, work)
+    one = trained * work.trained_itemsize
+    return Fixed(weights, 0 if work.full else one, int(STATE_BYTES[work.optimizer] * trained), one)
+
+
+def head_rows(model: ModelFacts, work: Work, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """Rows of a chunk of logits (C)."""
+    rows = chunk_bytes // (work.itemsize * model.vocabulary)
+    rows = rows // 128 * 128 if rows >= 128 else max(16, rows)
+    return min(rows, work.supervised)
+
+
+def _head(model: ModelFacts, work: Work) -> tuple[int, int]:
+    """What the head needs beside the hidden states, forward, and what is left of it until backward."""
+    rows, width = work.supervised, model.hidden
+    chunk = head_rows(model, work)
+    kept = rounded(rows * width * 4)
+    weights = model.vocabulary * width * 4 if work.full else 0
+    logits = chunk * model.vocabulary * work.itemsize
+    passing = rounded(rows * width * work.itemsize) + logits + chunk * width * (work.itemsize + 4)
+    return passing + kept + weights, kept + weights
+
+
+def _inputs(model: ModelFacts, work: Work) -> int:
+    """Token and position numbers, and the tables of rotary positions."""
+    layer = model.layers[0]
+    kinds = len({layer.window is None for layer in model.layers}) if model.model_type == "gemma3_text" else 1
+    return work.tokens * (7 * 8 + 2 * kinds * layer.rotary_dim * work.itemsize)
+
+
+def timeline(model: ModelFacts, work: Work, policies: Sequence[str]) -> list[Moment]:
+    """The peaks of a step's stretches, in order; weights, adapters and the optimizer are not in them.
+
+    Args:
+        policies: one of `policies.HELD` for each layer.
+    """
+    known: dict[tuple[LayerFacts, str], LayerBytes] = {}
+    costs = []
+    for layer, policy in zip(model.layers, policies, strict=True):
+        if (layer, policy) not in known:
+            known[layer, policy] = layer_bytes(layer, work, policy)
+        costs.append(known[layer, policy])
+    rows = rounded(work.tokens * model.hidden * work.itemsize)
+    held, moments, inputs = 0, [], _inputs(model, work)
+    under_way: list[int] = []
+    for number, cost in enumerate(costs):
+        moments.append(Moment(f"forward {number}", held + sum(under_way), inputs + rows + cost.forward, 0))
+        held += cost.kept
+        under_way = [*under_way, cost.moved][-IN_FLIGHT:]
+    moments += _around_the_head(model, work, held + sum(under_way), inputs + rows)
+    gradients = _head_gradients(model, work)
+    for number in reversed(range(len(costs))):
+        cost, before = costs[number], costs[number - 1] if number else None
+        coming = cost.moved + (before.moved if before is not None else 0)
+        held -= cost.kept
+        moments.append(
+            Moment(f"backward {number}", held + cost.kept + coming, inputs + cost.backward, gradients)
+        )
+        gradients += cost.gradients
+    if work.full:
+        table = model.vocabulary * model.hidden * work.trained_itemsize
+        moments.append(Moment("embeddings", 0, inputs + rows + table, gradients))
+    return moments
+
+
+def _head_gradients(model: ModelFacts, work: Work) -> int:
+    if not work.full:
+        return 0
+    return int(model.vocabulary * model.hidden * work.trained_itemsize)
+
+
+def _around_the_head(model: ModelFacts, work: Work, activations: int, passing: int) -> list[Moment]:
+    forward, kept, backward = LAST_NORM[model.layers[0].layer_norm]
+    elements = work.tokens * model.hidden
+    head, left = _head(model, work)
+    gradients = _head_gradients(model, work)
+    normed = rounded(elements * work.itemsize)
+    return [
+        Moment("last norm", activations, passing + forward * elements, 0),
+        Moment("head", activations, passing + kept * elements + normed + head, 0),
+        Moment(
+            "last norm, backward",
+            activations,
+            passing + (kept + backward) * elements + (left if work.full else 0),
+            gradients,
+        ),
+    ]
+
+
+def peak_bytes(model: ModelFacts, work: Work, policies: Sequence[str], *, accumulates: bool) -> int:
+    """The most that a step allocates on the device.
+
+    Args:
+        accumulates: whether gradients of an earlier micro-batch are there already.
+    """
+    fixed = fixed_bytes(model, work)
+    gradients = fixed.gradients
+    most = max(
+        moment.activations + moment.passing + (gradients if accumulates else moment.gradients)
+        for moment in timeline(model, work, policies)
+    )
+    # the update: all gradients, and nothing of the passes
+    return fixed.weights + fixed.adapter + fixed.optimizer + max(most, gradients) + LIBRARIES
+
+
+def host_bytes(model: ModelFacts, work: Work, policies: Sequence[str]) -> int:
+    """What lies in pinned host memory between forward and backward."""
+    return sum(
+        layer_bytes(layer, work, policy).moved for layer, policy in zip(model.layers, policies, strict=True)
+    )
+
+
+__all__ = [
+    "PARTS", "Fixed", "Moment", "adapter_parameters", "fixed_bytes", "head_rows", "host_bytes", "matrix_bytes",
+    "peak_bytes", "timeline",
+]  # fmt: skip

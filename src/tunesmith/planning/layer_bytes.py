@@ -1,0 +1,419 @@
+"""What one fused decoder layer allocates, forward and backward, under each policy. Torch-free.
+
+The tape repeats `models.decoder` line by line: which buffer comes to life where, and when its last name goes. A test
+runs the decoder itself on tensors without memory and holds the two equal, so what changes there has to change here.
+
+Shape suffixes as in the decoder: T tokens, D hidden size, N columns of qkv, I inner columns, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tunesmith.planning.facts import LayerFacts, Work
+from tunesmith.planning.policies import HELD
+from tunesmith.planning.tape import Tape, rounded
+
+STAGES: Mapping[str, tuple[str, ...]] = {
+    "qkv": ("qkv",),
+    "attention": ("output", "lse"),
+    "middle": ("middle", "branch0", "branch1"),
+    "gate_up": ("gate_up",),
+    "act": ("act",),
+}
+"""Buffers by the stage of a policy that they belong to."""
+
+SMALL: Mapping[str, str | None] = {
+    "u.qkv": "qkv", "stats0": "qkv", "u.output": None, "stats1": "middle",
+    "u.gate_up": "gate_up", "stats2": "gate_up", "u.down": None, "stats3": None,
+}  # fmt: skip
+"""Rank-wide products and statistics of rows, and the stage whose recomputation gives them again; None are kept."""
+
+IN_FLIGHT = 2
+"""Layers whose copies may be under way at once, as `models.offload` has it."""
+
+PARTS = {"qkv": 3, "output": 1, "gate_up": 2, "down": 1}
+_FLOAT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBytes:
+    """Bytes of one layer under one policy.
+
+    Attributes:
+        kept: on the device between forward and backward, the layer's input included.
+        moved: of what lies in host memory instead.
+        forward: the most while it runs forward, its output included and its input not.
+        backward: the most while it runs backward beside what was kept, the incoming gradient included.
+        gradients: of what trains in it.
+    """
+
+    kept: int
+    moved: int
+    forward: int
+    backward: int
+    gradients: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Bytes of a layer's buffers."""
+
+    layer: LayerFacts
+    work: Work
+
+    def rows(self, columns: float) -> float:
+        """`[T, columns]` in the compute type."""
+        return self.work.tokens * columns * self.work.itemsize
+
+    def floats(self, columns: float) -> float:
+        """`[T, columns]` in float32."""
+        return self.work.tokens * columns * _FLOAT
+
+    def parts(self, group: str) -> int:
+        """Projections of a group."""
+        layer = self.layer
+        return {"qkv": layer.qkv_parts, "gate_up": layer.gate_up_parts}.get(group, 1)
+
+    def adapted(self, group: str) -> bool:
+        """Whether the group carries an adapter."""
+        return self.work.rank > 0 and group in self.work.adapted
+
+    def ranks(self, group: str) -> int:
+        """Columns of all adapters of a group side by side."""
+        return self.work.rank * self.parts(group) if self.adapted(group) else 0
+
+    def foldable(self, group: str) -> int:
+        """Those that GEMMs take along."""
+        ranks = self.ranks(group)
+        return ranks if ranks % 8 == 0 and not self.work.dropout else 0
+
+    def beside(self, group: str) -> int:
+        """Columns beside a group's input and weight that u and B take."""
+        return -(-self.foldable(group) // 64) * 64
+
+    def weight(self, group: str) -> float:
+        """A dequantised weight with room for its adapter; 0 where it lies in one piece already."""
+        if self.work.quantize == "none":
+            return 0
+        rows, columns = self.layer.matrices[group]
+        if group in ("qkv", "gate_up"):
+            rows += self.foldable(group)
+        else:
+            columns += self.beside(group)
+        return rows * columns * self.work.itemsize
+
+    def folds(self, group: str) -> bool:
+        """Whether one GEMM gives both products: 16-bit weights have room below for so many rows, and none beside."""
+        if not self.foldable(group):
+            return False
+        if self.work.quantize == "none":
+            return group in ("qkv", "gate_up") and self.foldable(group) <= SPARE_ROWS
+        return True
+
+    def operands(self) -> float:
+        """The adapters of all groups, cast for the GEMMs."""
+        total = 0
+        for group, (rows, columns) in self.layer.matrices.items():
+            if self.adapted(group):
+                total += rounded(self.ranks(group) * columns * self.work.itemsize)
+                total += rounded(rows * self.work.rank * self.work.itemsize)
+        return total
+
+    def gradients(self, group: str) -> float:
+        """Of A and B of a group's adapters, in the type of their parameters."""
+        rows, columns = self.layer.matrices[group]
+        one = self.work.trained_itemsize
+        if not self.adapted(group):
+            return 0
+        return rounded(self.ranks(group) * columns * one) + rounded(rows * self.work.rank * one)
+
+
+SPARE_ROWS = 96
+"""Rows that `models.projections.join_weights` leaves free below 16-bit weights."""
+
+
+class _Layer:
+    """A layer's passes on a tape.
+
+    Args:
+        policy: a name of `HELD`.
+    """
+
+    def __init__(self, layer: LayerFacts, work: Work, policy: str) -> None:
+        self.layer, self.work, self.held = layer, work, HELD[policy]
+        self.sizes, self.tape = _Sizes(layer, work), Tape()
+        self.kept = {name for stage in self.held.keep for name in STAGES[stage]}
+        self.moved = {name for stage in self.held.moved & self.held.keep for name in STAGES[stage]}
+        self.again = False
+
+    def moves(self, stage: str) -> bool:
+        """Whether the stage's buffers leave for the host, in one piece."""
+        return stage in self.held.moved
+
+    # ------------------------------------------------------------------ what both passes do
+
+    def norm(self, place: int, result: str) -> None:
+        """The rows that a norm makes, and what it knows of each row."""
+        if self.layer.norms[place]:
+            self.tape.make(result, self.sizes.rows(self.layer.hidden))
+            self.tape.make(f"stats{place}", self.sizes.floats(2 if self.layer.layer_norm else 1))
+
+    def read(self, group: str) -> None:
+        """The group's weight for a product."""
+        if not self.tape.has(f"weight.{group}"):
+            self.tape.make(f"weight.{group}", self.sizes.weight(group))
+
+    def forget(self, group: str) -> None:
+        """After a forward product; in backward the weight is used once more."""
+        if not self.again:
+            self.tape.drop(f"weight.{group}")
+
+    def project(self, group: str) -> None:
+        """A group that reads normed rows; its u, and its rows with room for ∂u behind them."""
+        sizes, tape, key = self.sizes, self.tape, f"u.{group}"
+        columns, moves = self.layer.matrices[group][0], self.moves(group)
+        self.read(group)
+        if sizes.folds(group) and (sizes.parts(group) == 1 or not moves):
+            tape.make(group, sizes.rows(columns + sizes.beside(group)))
+            tape.make(key, sizes.rows(sizes.ranks(group)))
+            if moves:
+                tape.make(group, sizes.rows(columns))
+        else:
+            if sizes.adapted(group) and not tape.has(key):
+                tape.make(key, sizes.rows(sizes.ranks(group)))
+            tape.make(group, sizes.rows(columns))
+        self.forget(group)
+
+    def onto(self, block: int, result: str) -> None:
+        """The last projection of a block and the stream after it."""
+        group, sizes, tape = ("output", "down")[block], self.sizes, self.tape
+        behind = self.layer.norms[2 * block + 1]
+        target = f"branch{block}" if behind else result
+        if sizes.adapted(group) and not tape.has(f"u.{group}"):
+            tape.make(f"u.{group}", sizes.rows(sizes.ranks(group)))
+        self.read(group)
+        apart = sizes.adapted(group) and not (
+            sizes.folds(group) and not (group == "output" and self.moves("attention"))
+        )
+        if apart:
+            tape.make("wide", sizes.floats(self.layer.hidden))
+        tape.make(target, sizes.rows(self.layer.hidden))
+        tape.drop("wide")
+        self.forget(group)
+        if behind and result:
+            self.norm(2 * block + 1, result)
+
+    def attend(self) -> None:
+        """q, k and v, and the output of attention; what is there is not computed again."""
+        layer, sizes, tape = self.layer, self.sizes, self.tape
+        if not tape.has("qkv"):
+            self.norm(0, "normed")
+            self.project("qkv")
+        if not tape.has("output"):
+            if layer.qk_norm:
+                tape.make("attended", sizes.rows(layer.qkv_columns))
+            room = 0 if self.moves("attention") else sizes.beside("output")
+            tape.make("output", sizes.rows(layer.q_columns + room))
+            tape.make("lse", sizes.floats(layer.heads))
+            tape.drop("attended")
+        tape.drop("normed")
+
+    def gate_up(self) -> None:
+        """gate and up before the activation."""
+        self.norm(2, "normed")
+        self.project("gate_up")
+        self.tape.drop("normed")
+
+    def activate(self) -> None:
+        """What the down projection reads."""
+        self.tape.make("act", self.sizes.rows(self.layer.inner + self.sizes.beside("down")))
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self) -> None:
+        """Leaves on the tape what lies between the passes, and the output."""
+        self.tape.make("operands", self.sizes.operands())
+        self.attend()
+        self.onto(0, "middle")
+        self.gate_up()
+        self.activate()
+        self.onto(1, "out")
+        stages = self.held.keep
+        self.kept |= {name for name, stage in SMALL.items() if stage is None or stage in stages}
+        if "gate_up" in stages:
+            self.kept.add("operands")
+        if self.layer.parallel:
+            self.kept.discard("middle")
+        if self.held.moved and not stages:  # then nothing of the layer's tokens stays on the device
+            self.moved |= self.kept
+        self.tape.only(self.kept | {"out"})
+
+    # ------------------------------------------------------------------ backward
+
+    def backward(self) -> None:
+        """From what lies between the passes and the incoming gradient to the gradient of the input."""
+        tape, sizes, layer = self.tape, self.sizes, self.layer
+        self.again = True
+        tape.drop("out")
+        tape.make("grad", sizes.rows(layer.hidden))
+        if not tape.has("operands"):
+            tape.make("operands", sizes.operands())
+        self.attend()
+        if not tape.has("middle") and not layer.parallel:
+            self.onto(0, "middle")
+        if not tape.has("gate_up"):
+            self.gate_up()
+        if layer.norms[3] and not tape.has("branch1"):
+            self.activate()
+            self.onto(1, "")
+        self.mlp_backward()
+        self.free("middle")
+        self.attention_backward()
+
+    def free(self, *names: str) -> None:
+        """Backward lets go of buffers; autograd holds those that stayed on the device until the layer is done."""
+        self.tape.drop(*(name for name in names if name not in self.kept - self.moved))
+
+    def last_use(self, group: str, result: str, columns: float) -> None:
+        """The product with a weight that gives a gradient."""
+        self.read(group)
+        self.tape.make(result, self.sizes.rows(columns))
+        self.tape.drop(f"weight.{group}")
+
+    def own(self, group: str) -> None:
+        """Gradients of the group's weights where they train."""
+        if self.work.full:
+            rows, columns = self.layer.matrices[group]
+            self.tape.make(f"own.{group}", rows * columns * self.work.trained_itemsize)
+
+    def adapter_gradients(self, group: str, *, given: bool = False) -> None:
+        """∂u, unless a kernel has given it, and ∂B; ∂A comes with the rows."""
+        if self.sizes.adapted(group):
+            rows = self.layer.matrices[group][0]
+            if not given:
+                self.tape.make(f"du.{group}", self.sizes.rows(self.sizes.ranks(group)))
+            self.tape.make(f"db.{group}", rows * self.work.rank * self.work.trained_itemsize)
+
+    def a_gradient(self, group: str) -> None:
+        """∂A of a group."""
+        if self.sizes.adapted(group):
+            columns = self.layer.matrices[group][1]
+            self.tape.make(f"da.{group}", self.sizes.ranks(group) * columns * self.work.trained_itemsize)
+
+    def through_before(self, place: int, group: str, result: str) -> None:
+        """∂ through the norm before a block."""
+        sizes, layer, tape = self.sizes, self.layer, self.tape
+        rms = not layer.layer_norm
+        early = not layer.norms[place] or (
+            rms and self.work.trained_itemsize >= _FLOAT and not self.work.dropout
+        )
+        if early and sizes.adapted(group):
+            if layer.norms[place]:
+                tape.brief(sizes.floats(sizes.ranks(group)), sizes.rows(sizes.ranks(group)))
+            self.a_gradient(group)
+        if layer.norms[place]:
+            tape.make(result, sizes.rows(layer.hidden))
+            if self.work.full or (sizes.adapted(group) and not early):
+                tape.make("normed", sizes.rows(layer.hidden))
+            if self.work.full:
+                programs = PROGRAMS_PER_MULTIPROCESSOR * MULTIPROCESSORS
+                width = layer.hidden * (2 if layer.layer_norm else 1)
+                tape.brief(programs * width * _FLOAT)
+                tape.make(f"sum{place}", width * _FLOAT)
+                tape.make(f"own.norm{place}", width * self.work.trained_itemsize)
+        else:
+            tape.make(result, 0)
+        if not early and sizes.adapted(group):
+            self.a_gradient(group)
+        self.own(group)
+        tape.drop("normed", f"sum{place}")
+
+    def mlp_backward(self) -> None:
+        """∂ of the stream that the MLP reads."""
+        tape, sizes, layer = self.tape, self.sizes, self.layer
+        if layer.norms[3]:
+            tape.make("grad_branch", sizes.rows(layer.hidden))
+            self.free("branch1")
+        self.last_use("down", "grad_act", layer.inner)
+        self.adapter_gradients("down")
+        if not self.work.full:
+            tape.drop("grad_branch")
+        if sizes.adapted("gate_up"):
+            tape.make("du.gate_up", sizes.rows(sizes.ranks("gate_up")))
+            splits = glu_splits(self.work.tokens, layer.inner, self.work.rank)
+            if splits > 1:
+                tape.brief(splits * sizes.floats(sizes.ranks("gate_up")))
+        self.a_gradient("down")
+        self.own("down")
+        tape.drop("grad_act", "grad_branch")
+        self.free("act")
+        self.adapter_gradients("gate_up", given=True)
+        self.last_use("gate_up", "grad_normed", layer.hidden)
+        if not self.work.full:
+            self.free("gate_up")
+        self.through_before(2, "gate_up", "grad_stream")
+        self.free("gate_up")
+        tape.drop("du.down", "du.gate_up")
+        if layer.norms[2]:
+            tape.drop("grad_normed")
+
+    def attention_backward(self) -> None:
+        """∂ of the layer's input."""
+        tape, sizes, layer = self.tape, self.sizes, self.layer
+        if layer.norms[1]:
+            tape.make("grad_branch", sizes.rows(layer.hidden))
+            self.free("branch0")
+        self.last_use("output", "grad_output", layer.q_columns)
+        self.adapter_gradients("output")
+        self.a_gradient("output")
+        self.own("output")
+        tape.drop("grad_branch")
+        if layer.qk_norm:
+            tape.make("attended", sizes.rows(layer.qkv_columns))
+        tape.make("grad_qkv", sizes.rows(layer.qkv_columns + sizes.beside("qkv")))
+        tape.brief(attention_workspace(layer, self.work))
+        tape.drop("attended")
+        self.adapter_gradients("qkv")
+        self.last_use("qkv", "grad_normed2", layer.hidden)
+        if not self.work.full:
+            tape.drop("grad_qkv")
+        self.through_before(0, "qkv", "grad_hidden")
+
+
+MULTIPROCESSORS = 132
+"""Of the card that kernels share their work out for; it decides on kilobytes."""
+PROGRAMS_PER_MULTIPROCESSOR = 4
+_GLU_ROWS, _GLU_COLUMNS, _NARROW_RANK, _GLU_PROGRAMS = 64, {True: 64, False: 32}, 16, 3
+
+
+def glu_splits(tokens: int, inner: int, rank: int) -> int:
+    """Parts in which the activation's backward kernel sums ∂u, as `kernels.glu` has it."""
+    blocks = -(-inner // _GLU_COLUMNS[rank <= _NARROW_RANK])
+    wanted = -(-_GLU_PROGRAMS * MULTIPROCESSORS // max(1, -(-tokens // _GLU_ROWS)))
+    tiles = -(-blocks // max(1, min(wanted, blocks)))
+    return -(-blocks // tiles)
+
+
+def attention_workspace(layer: LayerFacts, work: Work) -> float:
+    """Of attention's backward: dq in float32, and the products of the output and its gradient."""
+    tokens = len(work.documents) * max(work.documents)
+    return tokens * layer.heads * (layer.head_dim + 1) * _FLOAT
+
+
+def layer_bytes(layer: LayerFacts, work: Work, policy: str) -> LayerBytes:
+    """What a layer allocates; `kept` holds the layer's input, which is the output of the layer before."""
+    passes = _Layer(layer, work, policy)
+    rows = rounded(passes.sizes.rows(layer.hidden))
+    passes.forward()
+    forward = passes.tape.peak
+    kept = passes.tape.now - passes.tape.size("out") + rows
+    moved = passes.tape.size(*passes.moved) + ("input" in passes.held.moved) * rows
+    before = passes.tape.now - passes.tape.size("out")
+    passes.tape.peak = passes.tape.now
+    passes.backward()
+    gradients = sum(passes.sizes.gradients(group) for group in PARTS)
+    if work.full:
+        gradients = (layer.matrix_parameters + layer.small_parameters) * work.trained_itemsize
+    return LayerBytes(kept - moved, moved, forward, passes.tape.peak - before, int(gradients))

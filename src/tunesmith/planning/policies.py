@@ -1,0 +1,39 @@
+"""What each policy of a layer holds and moves, for whoever plans. Torch-free.
+
+The rows are those of `models.policy.POLICIES`, which says what they mean and why there are these; planning lies below
+the models and must not import them. A test holds the two equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a layer holds between forward and backward.
+
+    Attributes:
+        keep: stages whose results are held; the others are computed again in backward.
+        moved: of these and the layer's `input`, what lies in host memory in the meantime.
+    """
+
+    keep: frozenset[str] = frozenset()
+    moved: frozenset[str] = frozenset()
+
+
+_HALF = frozenset({"qkv", "attention", "middle"})
+_INPUT = frozenset({"input"})
+
+HELD: Mapping[str, Held] = {
+    "keep_all": Held(_HALF | {"gate_up", "act"}),
+    "keep": Held(_HALF | {"gate_up"}),
+    "keep_offload_attention": Held(_HALF | {"gate_up"}, moved=_HALF | _INPUT),
+    "recompute_gate_up": Held(_HALF),
+    "offload_attention": Held(_HALF, moved=_HALF | _INPUT),
+    "recompute_projections": Held(frozenset({"attention", "middle"})),
+    "recompute": Held(),
+    "offload": Held(moved=_INPUT),
+}
+"""By name, fastest first."""

@@ -1,0 +1,169 @@
+"""Facts of models whose layers are not fused, from the names that configs usually have. Torch-free.
+
+A mixture of experts is read as the layer that one token meets: the experts it is sent to side by side, which is what
+it computes and keeps, and the others as parameters that lie there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+from tunesmith.planning.architectures import find_architecture
+from tunesmith.planning.facts import LayerFacts, ModelFacts
+from tunesmith.planning.read_sizes import needed, refuse
+
+_UNGATED = {
+    "gpt2",
+    "gpt_neo",
+    "gpt_neox",
+    "gpt_bigcode",
+    "gptj",
+    "opt",
+    "bloom",
+    "falcon",
+    "mpt",
+    "phi",
+    "codegen",
+    "persimmon",
+    "nemotron",
+}
+"""Families whose MLP has no gate."""
+
+_OTHER_ATTENTION = {
+    "kv_lora_rank": "it compresses keys and values",
+    "state_size": "its layers carry a state in place of attention",
+    "ssm_state_size": "its layers carry a state in place of attention",
+    "mamba_d_state": "some of its layers carry a state in place of attention",
+    "linear_num_key_heads": "some of its layers carry a state in place of attention",
+}
+"""Names that give away a layer whose sizes these facts cannot say."""
+
+_QK_NORMED = {"qwen3_moe", "olmoe"}
+_QKV_BIASED = {"qwen2_moe"}
+_TIED = {"gpt2", "gpt_neo", "gpt_bigcode", "opt", "bloom", "mpt", "falcon"}
+"""Families with one matrix for embeddings and head where the config does not say."""
+
+
+def read_other(text: Mapping[str, Any], name: str) -> ModelFacts:
+    """Facts of a model outside `ARCHITECTURES`; `unfused` says why its layers are not fused.
+
+    Args:
+        text: config of the language model.
+        name: what the user calls it.
+
+    Raises:
+        UserError: a size is missing, or its layers are of a kind that the facts cannot say.
+    """
+    config = SimpleNamespace(**text)
+    for key, reason in _OTHER_ATTENTION.items():
+        if getattr(config, key, None):
+            raise refuse(name, reason)
+    count = needed(config, "num_hidden_layers", name, "n_layer", "num_layers", "n_layers")
+    dense = _dense_layer(config, name)
+    layers = tuple(
+        _with_experts(dense, config, name) if _has_experts(config, number) else dense
+        for number in range(count)
+    )
+    tied = getattr(config, "tie_word_embeddings", None)
+    _, unfused = find_architecture(config)
+    return ModelFacts(
+        name=name,
+        model_type=config.model_type,
+        layers=layers,
+        vocabulary=needed(config, "vocab_size", name),
+        tied=config.model_type in _TIED if tied is None else bool(tied),
+        longest=getattr(config, "max_position_embeddings", None),
+        unfused=unfused,
+    )
+
+
+def _dense_layer(config: SimpleNamespace, name: str) -> LayerFacts:
+    hidden = needed(config, "hidden_size", name, "n_embd", "d_model")
+    heads = needed(config, "num_attention_heads", name, "n_head", "n_heads", "num_heads")
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    many = ("num_key_value_heads", "num_kv_heads")
+    kv_heads = next((value for key in many if (value := getattr(config, key, None))), heads)
+    if getattr(config, "multi_query", False):
+        kv_heads = 1
+    gated = config.model_type not in _UNGATED
+    inner = next(
+        (
+            value
+            for key in ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "moe_intermediate_size")
+            if (value := getattr(config, key, None))
+        ),
+        None if gated else 4 * hidden,
+    )
+    if inner is None:
+        raise refuse(name, "it has no intermediate_size")
+    biased = bool(getattr(config, "attention_bias", False))
+    return LayerFacts(
+        hidden=hidden,
+        inner=inner,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rotary_dim=head_dim,
+        gated=gated,
+        gate_up_parts=2 if gated else 1,
+        norm_bias=not gated,
+        qk_norm=config.model_type in _QK_NORMED,
+        qk_full=config.model_type == "olmoe",
+        qkv_bias=biased or not gated or _qkv_biased(config),
+        output_bias=biased or not gated,
+        gate_up_bias=not gated,
+        down_bias=not gated,
+        window=_window(config),
+    )
+
+
+def _qkv_biased(config: SimpleNamespace) -> bool:
+    return bool(getattr(config, "qkv_bias", config.model_type in _QKV_BIASED))
+
+
+def _window(config: SimpleNamespace) -> int | None:
+    """The window of all layers; where some see everything, all are taken to."""
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    alike = not kinds or kinds == {"sliding_attention"}
+    return window if window and alike and getattr(config, "use_sliding_window", True) else None
+
+
+# ---------------------------------------------------------------- mixtures of experts
+
+
+def _experts(config: SimpleNamespace) -> int:
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    return next((value for key in names if (value := getattr(config, key, None))), 0)
+
+
+def _has_experts(config: SimpleNamespace, number: int) -> bool:
+    """Whether a layer sends its tokens to experts."""
+    if not _experts(config) or number < (getattr(config, "first_k_dense_replace", None) or 0):
+        return False
+    if number in (getattr(config, "mlp_only_layers", None) or ()):
+        return False
+    return (number + 1) % (getattr(config, "decoder_sparse_step", None) or 1) == 0
+
+
+def _with_experts(dense: LayerFacts, config: SimpleNamespace, name: str) -> LayerFacts:
+    """The layer as a token meets it, and the experts that it does not meet as idle parameters."""
+    experts = _experts(config)
+    met = min(needed(config, "num_experts_per_tok", name, "moe_topk", "num_experts_per_token"), experts)
+    inner = getattr(config, "moe_intermediate_size", None) or dense.inner
+    shared = getattr(config, "shared_expert_intermediate_size", None) or (
+        inner * (getattr(config, "n_shared_experts", None) or 0)
+    )
+    router = experts * dense.hidden + (dense.hidden if _has_shared_gate(config) else 0)
+    return replace(
+        dense,
+        inner=met * inner + shared,
+        idle_parameters=(experts - met) * 3 * dense.hidden * inner + router,
+    )
+
+
+def _has_shared_gate(config: SimpleNamespace) -> bool:
+    return bool(getattr(config, "shared_expert_intermediate_size", None))

@@ -1,0 +1,40 @@
+"""Sizes in a `config.json`, and the sentence where one is missing. Torch-free."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from tunesmith.contracts.errors import UserError
+
+
+def needed(config: SimpleNamespace, key: str, name: str, *others: str) -> int:
+    """A size that has to be there.
+
+    Args:
+        key: its usual name; others: what some families call it.
+        name: of the model, for the message.
+
+    Raises:
+        UserError: it is under none of the names, or is no whole number above 0.
+    """
+    for each in (key, *others):
+        value = getattr(config, each, None)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise refuse(name, f"its {each} is {value!r} where a whole number above 0 should be")
+        return value
+    raise missing(name, key)
+
+
+def missing(name: str, key: str) -> UserError:
+    """The error for a config without a size."""
+    return refuse(name, f"it has no {key}")
+
+
+def refuse(name: str, reason: str) -> UserError:
+    """The error for a config that no plan can be made from."""
+    return UserError(
+        f"No plan can be made from the config.json of {name}: {reason}.",
+        hint="It has to be the config.json of a causal language model in the format of transformers.",
+    )

@@ -1,0 +1,186 @@
+"""The tape against the decoder itself, run on tensors without memory: every buffer, byte for byte."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.support.fake_gpu import FakeOffloader, Live, fake_gpu, in_4_bits, materialise
+from tunesmith.kernels.attention import Documents
+from tunesmith.models.install import Installed, install
+from tunesmith.models.offload import IN_FLIGHT
+from tunesmith.models.projections import SPARE_ROWS
+from tunesmith.planning import layer_bytes as planned
+from tunesmith.planning.facts import LayerFacts, Work
+from tunesmith.planning.layer_bytes import layer_bytes
+from tunesmith.planning.policies import HELD
+from tunesmith.planning.read_facts import read_facts
+
+SIZES = {
+    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1024, "max_position_embeddings": 4096,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES = {
+    "llama": {},
+    "qwen2": {"head_dim": None},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 64},
+    "phi3": {"head_dim": None},
+    "olmo2": {"head_dim": None},
+    "cohere": {"head_dim": None},
+    "starcoder2": {"head_dim": None},
+    "glm4": {},
+}
+"""A family for each shape of a layer: separate and fused projections, biases, norms before, behind, around and on q
+and k, parallel blocks, no gate."""
+KINDS = {"qlora": ("nf4", 16), "lora": ("none", 16), "wide lora": ("none", 40), "full": ("none", 0)}
+DOCUMENTS = (700, 700)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model on the fake GPU."""
+
+    live: Live
+    installed: Installed
+    layer: LayerFacts
+    work: Work
+    hidden: torch.Tensor
+    keywords: dict[str, Any]
+
+
+def model_of(family: str, rank: int) -> tuple[Any, Any]:
+    changes = {name: value for name, value in (SIZES | FAMILIES[family]).items() if value is not None}
+    config = AutoConfig.for_model(family, **changes)
+    with torch.device("meta"):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = AutoModelForCausalLM.from_config(config)
+        finally:
+            torch.set_default_dtype(before)
+        model.requires_grad_(rank == 0)
+        if rank:
+            lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+            model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.data = parameter.data.float()
+    return model, config
+
+
+MODELS = [("llama", kind) for kind in KINDS] + [
+    (f, k) for f in FAMILIES if f != "llama" for k in ("qlora", "full")
+]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids="-".join)
+def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+    family, kind = request.param
+    quantize, rank = KINDS[kind]
+    model, config = model_of(family, rank)
+    layer = read_facts(config.to_dict(), family).layers[0]
+    work = Work(DOCUMENTS, sum(DOCUMENTS), quantize=quantize, rank=rank, trained_itemsize=4 if rank else 2)
+    with fake_gpu() as live:
+        materialise(model)
+        if quantize == "nf4":
+            in_4_bits(model)
+        installed = install(model)
+        installed.offloader = FakeOffloader()
+        model.train()
+        tokens = work.tokens
+        hidden = torch.empty(1, tokens, layer.hidden, dtype=torch.bfloat16, requires_grad=True)
+        width = layer.rotary_dim or layer.head_dim
+        cos, sin = (torch.empty(1, tokens, width, dtype=torch.bfloat16) for _ in range(2))
+        documents = Documents(DOCUMENTS, torch.empty(len(DOCUMENTS) + 1, dtype=torch.int32))
+        keywords = {
+            "position_embeddings": (cos, sin), "packed_documents": documents, "document_lengths": DOCUMENTS,
+            "cu_seq_lens_q": documents.cu_seqlens,
+        }  # fmt: skip
+        yield Run(live, installed, layer, work, hidden, keywords)
+
+
+def seen(run: Run, policy: str) -> tuple[int, int, int]:
+    """Bytes of a layer as the decoder allocates them: the most forward, kept, the most backward."""
+    live = run.live
+    run.installed.set_policy(policy)
+    module = run.installed.layers[0]
+    module.zero_grad(set_to_none=True)
+    run.hidden.grad = None
+    gc.collect()
+    live.peak = base = live.now
+    out = module(run.hidden, **run.keywords)
+    out = out[0] if isinstance(out, tuple) else out
+    forward = live.peak - base
+    own, given = out.untyped_storage().nbytes(), run.hidden.untyped_storage().nbytes()
+    kept = live.now - base - own + given
+    live.peak = before = live.now
+    out.backward(torch.empty_like(out))
+    assert not run.installed.fallbacks
+    return forward, kept, live.peak - before
+
+
+@pytest.mark.parametrize("policy", HELD)
+def test_the_tape_is_the_decoder(run: Run, policy: str) -> None:
+    if run.installed.row.model_type != "llama" and policy not in ("keep_all", "recompute_gate_up", "offload"):
+        pytest.skip("what policies do is seen with one family, and what families do under a few policies")
+    cost = layer_bytes(run.layer, run.work, policy)
+    forward, kept, backward = seen(run, policy)
+    assert cost.kept + cost.moved == kept
+    # a bias as it is cast for a product, sums of norms' gradients: columns and not rows, not counted one by one
+    columns = run.layer.gate_up_columns
+    assert abs(cost.forward - forward) <= 2 * columns * biased(run.layer)
+    assert abs(cost.backward - backward) <= (16 if run.work.full else 4) * columns
+
+
+def biased(layer: LayerFacts) -> bool:
+    return layer.qkv_bias or layer.output_bias or layer.gate_up_bias or layer.down_bias
+
+
+def test_what_the_tape_repeats_of_other_modules() -> None:
+    assert (planned.IN_FLIGHT, planned.SPARE_ROWS) == (IN_FLIGHT, SPARE_ROWS)
+
+
+def test_less_is_kept_by_every_leaner_policy() -> None:
+    layer = LayerFacts(4096, 14336, 32, 8, 128, 128)
+    work = Work((4096, 4096), 8192, quantize="nf4")
+    kept = [layer_bytes(layer, work, policy).kept for policy in ("keep_all", "keep", "recompute_gate_up")]
+    kept += [
+        layer_bytes(layer, work, policy).kept for policy in ("recompute_projections", "recompute", "offload")
+    ]
+    assert kept == sorted(kept, reverse=True)
+    assert len(set(kept)) == len(kept)
+
+
+def test_more_tokens_take_more_of_everything() -> None:
+    layer = LayerFacts(1024, 3072, 16, 4, 64, 64)
+    work = Work((512,), 512)
+    twice = replace(work, documents=(512, 512), supervised=1024)
+    for policy in HELD:
+        one, two = layer_bytes(layer, work, policy), layer_bytes(layer, twice, policy)
+        assert two.kept + two.moved > 1.9 * (one.kept + one.moved)
+        assert two.forward > one.forward
+        assert two.backward > one.backward
+
+
+def test_the_fake_gpu_lets_go_of_what_dies() -> None:
+    with fake_gpu() as live:
+        first = torch.empty(1000, dtype=torch.float32)
+        assert live.now == 4096
+        second = nn.functional.silu(first)
+        view = second[10:]
+        del first
+        assert (live.now, live.peak) == (4096, 8192)
+        del second
+        assert live.now == 4096
+        del view
+        assert live.now == 0
