@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tunesmith.models.offload import Handle, Offloader
+from tunesmith.models.offload import IN_FLIGHT, Handle, Offloader
 
 LAYERS = 12
 # odd sizes, several types, two tensors of one size, nothing at all
@@ -199,3 +199,26 @@ def test_forwards_that_nobody_goes_back_through_leave_nothing_behind():
     later = [second - first for first, second in pairwise(grown[1:])]
     assert later == [0] * len(later), grown
     assert all(layers_through(offloader, seed=1000))
+
+
+@pytest.mark.gpu
+def test_layers_that_move_nothing_let_the_ones_before_them_leave():
+    offloader = Offloader(enabled=True)
+    size = 1 << 24
+    before = torch.cuda.memory_allocated()
+    handles = [
+        offloader.push([torch.full((size,), n, dtype=torch.uint8, device="cuda")]) for n in range(IN_FLIGHT)
+    ]
+    for _ in range(IN_FLIGHT):
+        offloader.advance()
+    assert torch.cuda.memory_allocated() == before
+    for number in reversed(range(IN_FLIGHT)):
+        (pulled,) = offloader.pull(handles[number])
+        assert torch.equal(pulled, torch.full_like(pulled, number))
+
+
+def test_on_the_cpu_nothing_is_waited_for():
+    offloader = Offloader(enabled=False)
+    handle = offloader.push([torch.ones(2)])
+    offloader.advance()
+    assert torch.equal(offloader.pull(handle)[0], torch.ones(2))

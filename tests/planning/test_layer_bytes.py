@@ -58,8 +58,8 @@ class Run:
     keywords: dict[str, Any]
 
 
-def model_of(family: str, rank: int) -> tuple[Any, Any]:
-    changes = {name: value for name, value in (SIZES | FAMILIES[family]).items() if value is not None}
+def model_of(family: str, rank: int, **sizes: int) -> tuple[Any, Any]:
+    changes = {n: value for n, value in (SIZES | FAMILIES[family] | sizes).items() if value is not None}
     config = AutoConfig.for_model(family, **changes)
     with torch.device("meta"):
         before = torch.get_default_dtype()

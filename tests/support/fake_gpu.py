@@ -105,11 +105,18 @@ class FakeOffloader(offload.Offloader):
         handle.device = [tensor.contiguous() for tensor in tensors]
         handle.host = [object()] * len(tensors)  # type: ignore[list-item]
         self._order.append(weakref.ref(handle))
+        self._next(handle)
+        return handle
+
+    def advance(self) -> None:
+        self._next(None)
+
+    def _next(self, handle: Any) -> None:
         self._on_the_way.append(handle)
         while len(self._on_the_way) > offload.IN_FLIGHT:
             gone = self._on_the_way.popleft()
-            gone.device = []
-        return handle
+            if gone is not None:
+                gone.device = []
 
     def pull(self, handle: Any) -> list[Tensor]:
         self._bring(handle)

@@ -53,7 +53,7 @@ class Offloader:
         self._enabled = enabled
         self._memory = HostMemory(pinned=enabled)
         self._pushed: list[weakref.ref[Handle]] = []
-        self._leaving: deque[Handle] = deque()
+        self._leaving: deque[Handle | None] = deque()
         self._stream = torch.cuda.Stream() if enabled else None
 
     @property
@@ -78,10 +78,21 @@ class Offloader:
                 host.copy_(tensor, non_blocking=True)
             handle.copied_out = self._stream.record_event()
         self._pushed = [*(ref for ref in self._pushed if ref() is not None), weakref.ref(handle)]
+        self._next_layer(handle, compute)
+        return handle
+
+    def advance(self) -> None:
+        """A layer that moves nothing has run: what left before it is given the time that it took."""
+        handle = next((handle for handle in self._leaving if handle is not None), None)
+        if handle is not None:
+            self._next_layer(None, torch.cuda.current_stream(handle.where))
+
+    def _next_layer(self, handle: Handle | None, compute: torch.cuda.Stream) -> None:
         self._leaving.append(handle)
         while len(self._leaving) > IN_FLIGHT:
-            self._drop_device(self._leaving.popleft(), compute)
-        return handle
+            gone = self._leaving.popleft()
+            if gone is not None:
+                self._drop_device(gone, compute)
 
     def _drop_device(self, handle: Handle, compute: torch.cuda.Stream) -> None:
         assert handle.copied_out is not None

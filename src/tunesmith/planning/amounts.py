@@ -1,4 +1,4 @@
-"""What a training step computes and moves: operations and bytes of each part, before any card is known. Torch-free.
+"""What a decoder layer computes and moves: operations and bytes, before any card is known. Torch-free.
 
 It follows `models.decoder` pass by pass. With T tokens, a layer's group of N output and K input columns takes
 
@@ -20,8 +20,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tunesmith.planning.facts import LayerFacts, ModelFacts, Work
-from tunesmith.planning.fit import STATE_BYTES
+from tunesmith.planning.facts import LayerFacts, Work
+from tunesmith.planning.policies import Held
 
 EXTRA_KEYS = (250, 670)
 """Forward and backward. cuDNN on one H100 reaches 569 / 441 TFLOP/s on documents of 4,096 and 324 / 162 on 512, which
@@ -31,21 +31,16 @@ were measured (benchmarks/RESULTS.md)."""
 HEAD_SHARES = {64: (0.64, 0.71), 96: (0.76, 0.81), 128: (1.0, 1.0), 256: (1.05, 0.77)}
 """Rate of attention forward and backward by columns of a head, against 128 (the same table)."""
 
-TRITON_SHARES = (0.66, 0.33)
-"""The same where scores are capped, which our own kernels compute: seven products backward in place of five."""
+CAPPED_SHARES = (0.69, 0.35)
+"""The same where scores are capped, which our own kernels compute with seven products backward in place of five: from
+0.69 and 4.55 ms a layer in a profiled Gemma 2 step of 8,192 tokens."""
+
+ADAPTER_PASSES = 1.2
+"""What passes that add an adapter's u B of rank 16 take, against those that do not: 1.5 for RoPE, 1.1 for the gated
+unit and 1.2 for its backward (the table of kernels there)."""
 
 HELD_BYTES = {"nf4": 0.5 + 1 / 64, "int8": 1.0}
 """Of an element of a quantised weight, scales included."""
-
-CHUNK_BYTES = 256 * 2**20
-"""Of the head's logits at once (`kernels.linear_logprob`)."""
-
-SOFTMAX_PASSES = 3.6
-"""Passes over a chunk of logits that the kernel of softmax and gradient takes the time of: it reads them twice, writes
-them once, and takes 0.080 ms for 256 × 128,256 of them on one H100 (55% of copying)."""
-
-FEW = 0.75
-"""Share of supervised tokens up to which the last layer computes only these after its attention (`models.head`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +73,7 @@ class Amount:
 NOTHING = Amount()
 
 
-def _total(amounts: Iterable[Amount]) -> Amount:
+def total(amounts: Iterable[Amount]) -> Amount:
     return sum(amounts, NOTHING)
 
 
@@ -110,11 +105,11 @@ class LayerAmounts:
         """`count` kernels that read and write so many elements of the compute type together."""
         return Amount(moved=elements * self.work.itemsize, kernels=count)
 
-    def _gemm(self, name: str, rows: int) -> Amount:
+    def _gemm(self, name: str, rows: int, *, alone: bool = False) -> Amount:
+        """The product with a group's weight, and with the adapter that lies in its buffer unless it goes `alone`."""
         outputs, inputs = self.layer.matrices[name]
-        ranks = self._ranks(name)
-        # A lies below W; B beside it
-        extra = ranks * (inputs if name in ("qkv", "gate_up") else outputs)
+        # A lies below W, B beside it
+        extra = 0 if alone else self._ranks(name) * (inputs if name in ("qkv", "gate_up") else outputs)
         return Amount(products=2.0 * rows * (outputs * inputs + extra), kernels=1)
 
     def _parts(self, name: str) -> int:
@@ -144,75 +139,84 @@ class LayerAmounts:
         """A norm before a block: reads and writes the stream."""
         return self._pass(2 * rows * self.layer.hidden) if self.layer.norms[place] else NOTHING
 
-    def _read_by(self, name: str, rows: int, *, moves: bool = False) -> Amount:
-        """The GEMM of a group that reads the normed stream, and its adapters' u."""
+    def _read_by(self, name: str, rows: int, *, again: bool, moves: bool = False) -> Amount:
+        """The GEMM of a group that reads the normed stream, and its adapters' u where that is not there yet."""
         found = self._gemm(name, rows)
         if self._ranks(name):
-            apart = self.work.dropout or (moves and self._parts(name) > 1)
+            apart = not again and (self.work.dropout or (moves and self._parts(name) > 1))
             found += self._pass(rows * self.layer.hidden if apart else 0.0)
-        return found + self._masks(name, rows)
+        return found if again else found + self._masks(name, rows)
 
-    def _onto(self, name: str, place: int) -> Amount:
-        """The GEMM of a group that writes onto the residual stream, the adapter's u, and the sum."""
+    def _onto(self, name: str, place: int, *, again: bool) -> Amount:
+        """The GEMM of a group that writes onto the residual stream, the adapter's u likewise, and the sum."""
         layer, rows = self.layer, self.rows
-        found = self._gemm(name, rows) + self._masks(name, rows)
+        found = self._gemm(name, rows)
         single = 3.0
         if self._ranks(name):
-            found += self._pass(rows * layer.matrices[name][1], 2)
+            if not again:
+                found += self._pass(rows * layer.matrices[name][1], 2) + self._masks(name, rows)
             if self.work.quantize == "none" or self.work.dropout:
                 single = 4.0  # the product waits in float32
         return found + self._pass(single * rows * layer.hidden, 2 if layer.norms[place] else 1)
 
-    def qkv(self, *, moves: bool = False) -> Amount:
+    def qkv(self, *, again: bool = False, moves: bool = False) -> Amount:
         """q, k and v as they are kept.
 
         Args:
+            again: whether backward computes them, where the adapters' u is still there; so below.
             moves: whether they travel to the host, for which their rows are laid together.
         """
         layer, tokens = self.layer, self.work.tokens
-        found = self._norm(0, tokens) + self._read_by("qkv", tokens, moves=moves)
+        found = self._norm(0, tokens) + self._read_by("qkv", tokens, again=again, moves=moves)
         if not layer.qk_norm:
             if self._ranks("qkv"):
-                found += self._pass(2 * tokens * layer.qkv_columns)
+                found += self._pass(ADAPTER_PASSES * 2 * tokens * layer.qkv_columns)
             elif layer.rotary_dim:
                 found += self._pass(2 * tokens * (layer.q_columns + layer.kv_columns))
         return found
 
     def _normed_qk(self) -> Amount:
         """The pass that norms and rotates q and k into another buffer."""
-        return self._pass(2 * self.work.tokens * self.layer.qkv_columns) if self.layer.qk_norm else NOTHING
+        if not self.layer.qk_norm:
+            return NOTHING
+        return self._pass(self._adding("qkv") * 2 * self.work.tokens * self.layer.qkv_columns)
 
-    def _attended(self, direction: int) -> float:
+    def _adding(self, name: str) -> float:
+        """How much longer the pass takes that adds the adapters of a group, where it has any."""
+        return ADAPTER_PASSES if self._ranks(name) else 1.0
+
+    def attended(self, direction: int) -> float:
         """Operations of attention, at the rate of heads of 128 columns."""
         layer, documents = self.layer, self.work.documents
         size = next((size for size in HEAD_SHARES if layer.head_dim <= size), max(HEAD_SHARES))
-        share = (TRITON_SHARES if layer.softcap else HEAD_SHARES[size])[direction]
+        share = (CAPPED_SHARES if layer.softcap else HEAD_SHARES[size])[direction]
         seen = pairs(documents, layer.window) + EXTRA_KEYS[direction] * self.work.tokens
         return (4.0, 10.0)[direction] * layer.q_columns * seen / share
 
     def attention(self) -> Amount:
         """The output of attention from q, k and v as they are kept."""
-        return self._normed_qk() + Amount(kernels=1, attention_forward=self._attended(0))
+        return self._normed_qk() + Amount(kernels=1, attention_forward=self.attended(0))
 
-    def middle(self) -> Amount:
+    def middle(self, *, again: bool = False) -> Amount:
         """The residual stream after attention."""
-        return self._onto("output", 1) + self._picked(2 * self.layer.q_columns)
+        return self._onto("output", 1, again=again) + self._picked(2 * self.layer.q_columns)
 
-    def gate_up(self) -> Amount:
+    def gate_up(self, *, again: bool = False) -> Amount:
         """Gate and up before the activation."""
-        return self._norm(2, self.rows) + self._read_by("gate_up", self.rows)
+        return self._norm(2, self.rows) + self._read_by("gate_up", self.rows, again=again)
 
     def act(self) -> Amount:
         """The gated activation."""
-        return self._pass(self.rows * (self.layer.gate_up_columns + self.layer.inner))
+        columns = self.layer.gate_up_columns + self.layer.inner
+        return self._pass(self._adding("gate_up") * self.rows * columns)
 
-    def down(self) -> Amount:
+    def down(self, *, again: bool = False) -> Amount:
         """The layer's output."""
-        return self._onto("down", 3)
+        return self._onto("down", 3, again=again)
 
     def weights(self) -> Amount:
         """All four groups' weights in the compute type."""
-        return _total(self._weight(name) for name in self.layer.matrices)
+        return total(self._weight(name) for name in self.layer.matrices)
 
     def _picked(self, columns: int) -> Amount:
         """Rows taken out of all tokens, or spread over them."""
@@ -242,10 +246,7 @@ class LayerAmounts:
         if not self.work.full:
             return NOTHING
         outputs, inputs = self.layer.matrices[name]
-        found = Amount(products=2.0 * rows * outputs * inputs, kernels=1)
-        if self.work.trained_itemsize > self.work.itemsize:
-            found += Amount(moved=2.0 * outputs * inputs * self.work.trained_itemsize, kernels=1)
-        return found
+        return Amount(products=2.0 * rows * outputs * inputs, kernels=1)
 
     def _through(self, place: int, rows: int) -> Amount:
         """The gradient through a norm: a norm before a block adds the stream's other gradient too, and writes the
@@ -259,10 +260,10 @@ class LayerAmounts:
         """From the gradient of the layer's output to that of the residual stream after attention."""
         layer, rows = self.layer, self.rows
         streams = 2 * layer.gate_up_columns + layer.inner * (1 if act_kept else 2)
-        return _total((
+        return total((
             self._through(3, rows),
-            self._gemm("down", rows),
-            self._pass(rows * streams),
+            self._gemm("down", rows, alone=True),
+            self._pass(self._adding("gate_up") * rows * streams),
             self._adapter("down", rows, given=False),
             self._own("down", rows),
             self._adapter("gate_up", rows, given=True),
@@ -276,14 +277,14 @@ class LayerAmounts:
         layer, tokens = self.layer, self.work.tokens
         rotated = layer.q_columns + layer.kv_columns
         turned = 3 * rotated if layer.qk_norm else 2 * rotated if layer.rotary_dim else 0
-        return _total((
+        return total((
             self._through(1, self.rows),
-            self._gemm("output", self.rows),
+            self._gemm("output", self.rows, alone=True),
             self._adapter("output", self.rows, given=False),
             self._own("output", self.rows),
             self._picked(layer.q_columns + layer.hidden),
             self._normed_qk(),
-            Amount(kernels=3, attention_backward=self._attended(1)),
+            Amount(kernels=3, attention_backward=self.attended(1)),
             self._pass(tokens * turned, 1 if turned else 0),
             self._adapter("qkv", tokens, given=False),
             self._gemm("qkv", tokens),
@@ -293,38 +294,39 @@ class LayerAmounts:
 
     # ------------------------------------------------------------------ whole passes
 
-    def forward(self, *, offload: bool = False) -> Amount:
-        """The whole forward pass."""
-        found = self.weights() + self.qkv(moves=offload) + self.attention() + self.middle()
+    def forward(self, held: Held) -> Amount:
+        """The whole forward pass; what travels to the host is laid together first."""
+        moves = "qkv" in held.moved
+        found = self.weights() + self.qkv(moves=moves) + self.attention() + self.middle()
         found += self.gate_up() + self.act() + self.down()
-        return found + (self._pass(2 * self.work.tokens * self.layer.qkv_columns) if offload else NOTHING)
+        return found + (self._pass(2 * self.work.tokens * self.layer.qkv_columns) if moves else NOTHING)
 
-    def backward(self, kept: frozenset[str]) -> Amount:
+    def backward(self, held: Held) -> Amount:
         """The whole backward pass, with what was not kept computed again."""
-        layer = self.layer
+        kept, layer = held.keep, self.layer
         found = self.weights() + self.mlp_backward(act_kept="act" in kept) + self.attention_backward()
         if "qkv" not in kept:
-            found += self.qkv()
+            found += self.qkv(again=True)
         if "attention" not in kept:
             found += self.attention()
         if "middle" not in kept and not layer.parallel:
-            found += self.middle()
+            found += self.middle(again=True)
         if "gate_up" not in kept:
-            found += self.gate_up()
+            found += self.gate_up(again=True)
         if "middle" not in kept and layer.norms[3]:  # what the norm behind the MLP reads lies with the middle
-            found += self.act() + self.down()
+            found += self.act() + self.down(again=True)
         return found
 
-    def travelling(self, kept: frozenset[str]) -> float:
-        """Bytes that a policy which offloads moves to the host, and back again."""
+    def travelling(self, held: Held) -> float:
+        """Bytes on their way to the host, and as many on their way back."""
         layer, work, tokens, rows = self.layer, self.work, self.work.tokens, self.rows
         columns = {
+            "input": tokens * layer.hidden,
             "qkv": tokens * layer.qkv_columns,
             "attention": tokens * layer.q_columns,
-            "middle": rows * layer.hidden * (1 + layer.norms[1] + layer.norms[3]),
+            "middle": rows * layer.hidden * (1 - layer.parallel + layer.norms[1] + layer.norms[3]),
             "gate_up": rows * layer.gate_up_columns,
             "act": rows * layer.inner,
         }
-        elements = tokens * layer.hidden + sum(columns[stage] for stage in kept)
-        sums = 4.0 * tokens * layer.heads if "attention" in kept else 0.0
-        return elements * work.itemsize + sums
+        sums = 4.0 * tokens * layer.heads if "attention" in held.moved else 0.0
+        return sums + work.itemsize * sum(columns[stage] for stage in held.moved)

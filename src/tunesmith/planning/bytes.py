@@ -2,8 +2,8 @@
 
 `timeline` walks a step over the layers as they run, forward and backward, each under a policy of its own, and says
 what is alive at the peak of each; the largest of these is the peak of the step. What fused layers allocate is worked
-out buffer by buffer (`layer_bytes`), and held equal to the decoder by a test; around them stand the last norm, a
-stock module, and the head.
+out buffer by buffer (`layer_bytes`), and held equal to the decoder by a test; around them stand the last norm and the
+head.
 
 Shape suffixes: T tokens, S supervised tokens, D hidden size, V vocabulary, C rows of a chunk of logits.
 """
@@ -24,9 +24,9 @@ LIBRARIES = 96 << 20
 CHUNK_BYTES = 256 << 20
 """Upper bound of one chunk of logits, as `kernels.linear_logprob` has it."""
 
-LAST_NORM = {False: (14, 4, 22), True: (18, 8, 18)}
-"""Bytes for each element of `[T, D]` of the last norm, which is a stock module, by whether it is a layer norm:
-the most forward, what autograd holds, the most backward."""
+STOCK_LAST_NORM = {False: (14, 4, 22), True: (18, 8, 18)}
+"""Bytes for each element of `[T, D]` of the last norm as transformers computes it, by whether it is a layer norm: the
+most forward, what autograd holds, the most backward. Measured with tensors without memory, in 16 bits."""
 
 _NESTED = 256
 """Scales of NF4 blocks that share one of their own."""
@@ -175,7 +175,8 @@ def timeline(model: ModelFacts, work: Work, policies: Sequence[str]) -> list[Mom
     gradients = _head_gradients(model, work)
     for number in reversed(range(len(costs))):
         cost, before = costs[number], costs[number - 1] if number else None
-        coming = cost.moved + (before.moved if before is not None else 0)
+        # a layer that comes back brings the one before it along
+        coming = cost.moved + (before.moved if before is not None and cost.moved else 0)
         held -= cost.kept
         moments.append(
             Moment(f"backward {number}", held + cost.kept + coming, inputs + cost.backward, gradients)
@@ -194,7 +195,9 @@ def _head_gradients(model: ModelFacts, work: Work) -> int:
 
 
 def _around_the_head(model: ModelFacts, work: Work, activations: int, passing: int) -> list[Moment]:
-    forward, kept, backward = LAST_NORM[model.layers[0].layer_norm]
+    stock = model.stock_last_norm or bool(model.unfused)
+    ours = work.itemsize, 0, 2 * work.itemsize
+    forward, kept, backward = STOCK_LAST_NORM[model.layers[0].layer_norm] if stock else ours
     elements = work.tokens * model.hidden
     head, left = _head(model, work)
     gradients = _head_gradients(model, work)

@@ -118,6 +118,8 @@ class ModelFacts:
         head_bias: whether the head has a bias.
         longest: positions that the model was made for.
         unfused: why its layers are not fused, empty where they are.
+        stock_last_norm: whether transformers computes the norm behind the layers, in float32, as it does where any
+            layer is not fused.
         other_parameters: elements beside the language model that lie frozen: a vision tower.
     """
 
@@ -129,6 +131,7 @@ class ModelFacts:
     head_bias: bool = False
     longest: int | None = None
     unfused: str = ""
+    stock_last_norm: bool = False
     other_parameters: int = 0
 
     @property

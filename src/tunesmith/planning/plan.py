@@ -1,45 +1,21 @@
-"""What a plan is asked for, and what it says: the words that the command, a run and the solver share. Torch-free."""
+"""What a plan says, and how it is made: the words that the command, a run and the solver share. Torch-free."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 
-from tunesmith.planning.facts import Work
+from tunesmith.planning.bytes import LIBRARIES, Moment, head_rows
+from tunesmith.planning.cards import CARDS, Card
+from tunesmith.planning.facts import ModelFacts, Work
+from tunesmith.planning.fit import ROUNDING
+from tunesmith.planning.request import PlanRequest as PlanRequest
+from tunesmith.planning.solver import Solution, solve
 
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "head", "workspace", "reserve")
 """What memory of a card goes to, in the order in which tables and pictures show it. `activations` is what all layers
 keep at the moment at which it is most; `reserve` is what the allocator and libraries hold beside tensors."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlanRequest:
-    """What the run wants, and what it may use.
-
-    Attributes:
-        card: name of a row of `CARDS`.
-        work: how one row of a micro-batch trains, with its documents.
-        rows: rows of an optimizer step.
-        steps: optimizer steps of the run, None where they are not known.
-        micro_batch: rows that go through the model at once, None to choose.
-        policy: `auto`, or the policy of every layer.
-        budget: share of the card's memory that may be used (at most 1), or bytes.
-        host_bytes: memory of the host that may be pinned, None where it is not known.
-    """
-
-    card: str
-    work: Work
-    rows: int
-    steps: int | None = None
-    micro_batch: int | None = None
-    policy: str = "auto"
-    budget: float = 0.92
-    host_bytes: int | None = None
-
-    def work_of(self, rows: int) -> Work:
-        """The work of a micro-batch of so many rows."""
-        work = self.work
-        return replace(work, documents=work.documents * rows, supervised=work.supervised * rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,3 +117,230 @@ class Plan:
             tokens_per_second=self.tokens_per_second,
             total_seconds=self.total_seconds,
         )
+
+
+# ---------------------------------------------------------------- how it is made
+
+
+def make_plan(facts: ModelFacts, request: PlanRequest) -> Plan:
+    """Lay a run out over a card, and say what other choices would change.
+
+    Args:
+        facts: of the model.
+        request: what the run wants, on a card of `CARDS`.
+    """
+    card = CARDS[request.card]
+    budget = request.budget_of(card.memory_bytes)
+    plan = plan_of(request, _solve(facts, request), budget)
+    if plan.fits:
+        return replace(plan, alternatives=tuple(_alternatives(facts, request)))
+    return replace(plan, nearest=tuple(_nearest(facts, request)))
+
+
+def _solve(facts: ModelFacts, request: PlanRequest) -> Solution:
+    card = CARDS[request.card]
+    budget = request.budget_of(card.memory_bytes)
+    return solve(facts, request, card.rates(), budget)
+
+
+def plan_of(request: PlanRequest, solution: Solution, budget_bytes: int) -> Plan:
+    """A solution as a plan, without a look at other choices."""
+    frame, work = solution.frame, solution.frame.work
+    moments = frame.moments(solution.policies)
+    tokens = request.rows * request.work.tokens
+    return Plan(
+        card=request.card,
+        budget_bytes=budget_bytes,
+        parts=_parts(solution, moments),
+        host_bytes=solution.host,
+        micro_batch_rows=solution.rows,
+        tokens=work.tokens,
+        policies=solution.policies,
+        chunks={"head": head_rows(frame.model, work)},
+        peak_bytes=solution.peak,
+        step_seconds=solution.seconds,
+        tokens_per_second=tokens / solution.seconds,
+        total_seconds=None if request.steps is None else request.steps * solution.seconds,
+        timeline=tuple((moment.label, _parts(solution, [moment])) for moment in moments),
+        fits=solution.fits,
+        missing_bytes=max(0, solution.peak - budget_bytes),
+    )
+
+
+def _parts(solution: Solution, moments: Sequence[Moment]) -> dict[str, int]:
+    """Bytes of each of `PARTS` at the most that it has in these moments."""
+    frame, fixed = solution.frame, solution.frame.fixed
+    head = [moment.passing for moment in moments if moment.label == "head"]
+    other = [moment.passing for moment in moments if moment.label != "head"]
+    one = len(moments) == 1
+    return {
+        "weights": fixed.weights + frame.beside,
+        "adapter": fixed.adapter,
+        "gradients": moments[0].gradients if one else fixed.gradients,
+        "optimizer": fixed.optimizer,
+        "activations": max(moment.activations for moment in moments),
+        "head": max(head, default=0),
+        "workspace": max(other, default=0),
+        "reserve": LIBRARIES,
+    }
+
+
+# ---------------------------------------------------------------- other choices
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """Settings that could be others.
+
+    Attributes:
+        what: in words; settings: as they are written.
+        request: with them.
+    """
+
+    what: str
+    settings: tuple[str, ...]
+    request: PlanRequest
+
+    def alternative(self, facts: ModelFacts) -> Alternative:
+        """What becomes of the run."""
+        card = CARDS[self.request.card]
+        plan = plan_of(self.request, _solve(facts, self.request), self.request.budget_of(card.memory_bytes))
+        return Alternative(self.what, self.settings, plan.summary)
+
+    def then(self, other: _Change) -> _Change:
+        """Both; `other` was made of the request of this one."""
+        return _Change(f"{self.what}, and {other.what}", (*self.settings, *other.settings), other.request)
+
+
+MOST_NEAREST = 4
+"""Changes that are named where a run does not fit."""
+_SHORTEST, _LOWEST = 512, 8
+"""Tokens of a row and a rank below which no advice goes."""
+
+
+def _alternatives(facts: ModelFacts, request: PlanRequest) -> Iterator[Alternative]:
+    """What a larger card, weights held otherwise and shorter rows change."""
+    changes = [*islice(_larger_cards(request), 1), *_weights(facts, request), *islice(_shorter(request), 1)]
+    if request.work.full:
+        changes += [*_optimizer(request), *_adapter(request)]
+    for change in changes:
+        yield change.alternative(facts)
+
+
+def _nearest(facts: ModelFacts, request: PlanRequest) -> list[Alternative]:
+    """The changes under which it fits: one, else two at once, else another card."""
+    found = list(_that_fit(facts, _smaller(facts, request)))
+    if not found:
+        for first in (changes[-1] for changes in _smaller(facts, request)):
+            second = _smaller(facts, first.request)
+            found = list(_that_fit(facts, ([first.then(other) for other in changes] for changes in second)))
+            if found:
+                break
+    cards = _that_fit(facts, [list(_larger_cards(request))])
+    return [*found[:MOST_NEAREST], *cards]
+
+
+def _that_fit(facts: ModelFacts, families: Iterable[Sequence[_Change]]) -> Iterator[Alternative]:
+    """The first change of each family under which the run fits."""
+    for changes in families:
+        tried = (change.alternative(facts) for change in changes)
+        fitting = next((one for one in tried if one.summary.fits), None)
+        if fitting is not None:
+            yield fitting
+
+
+def _smaller(facts: ModelFacts, request: PlanRequest) -> list[list[_Change]]:
+    """Changes that make a run smaller, families of one kind from the least to the most; those kinds first that leave
+    what is learned as it is."""
+    families = [
+        list(_left_to_the_plan(request)),
+        [*(moments := list(_optimizer(request))), *_also_in_bfloat16(facts, moments)],
+        list(_weights(facts, request)) if request.work.quantize == "none" else [],
+        list(_adapter(request)) if request.work.full else [],
+        list(_shorter(request)),
+        list(_lower_rank(request)),
+    ]
+    return [changes for changes in families if changes]
+
+
+def _also_in_bfloat16(facts: ModelFacts, changes: Sequence[_Change]) -> Iterator[_Change]:
+    """The changes, with weights that train in bfloat16 besides."""
+    for change in changes:
+        if change.request.work.full:
+            yield from (change.then(other) for other in _weights(facts, change.request))
+
+
+def _left_to_the_plan(request: PlanRequest) -> Iterator[_Change]:
+    """Policies, the micro-batch, then both, where they are fixed."""
+    policy = _Change("policies left to the plan", ("memory.policy=auto",), replace(request, policy="auto"))
+    if request.policy != "auto":
+        yield policy
+    if request.micro_batch is not None and request.micro_batch > 1:
+        settings = ("train.micro_batch=auto",)
+        yield _Change("micro-batch left to the plan", settings, replace(request, micro_batch=None))
+        if request.policy != "auto":
+            both = replace(policy.request, micro_batch=None)
+            yield policy.then(_Change("micro-batch left to the plan", settings, both))
+
+
+def _of_work(what: str, settings: tuple[str, ...], request: PlanRequest, work: Work) -> _Change:
+    return _Change(what, settings, replace(request, work=work))
+
+
+def _optimizer(request: PlanRequest) -> Iterator[_Change]:
+    """Moments in 8 bits."""
+    if request.work.optimizer == "adamw":
+        work = replace(request.work, optimizer="adamw_8bit")
+        yield _of_work("8-bit moments", ("train.optimizer=adamw_8bit",), request, work)
+
+
+def _weights(facts: ModelFacts, request: PlanRequest) -> Iterator[_Change]:
+    """The base in 4 bits, or in 16 where it is in 4; weights that train in 16 bits."""
+    work = request.work
+    if work.full:
+        if work.trained_itemsize == 4 and work.itemsize == 2 and work.optimizer in ROUNDING:
+            smaller = replace(work, trained_itemsize=2)
+            yield _of_work("weights in bfloat16", ("model.dtype=bfloat16",), request, smaller)
+    elif work.quantize == "nf4":
+        larger = replace(work, quantize="none")
+        yield _of_work("LoRA instead of QLoRA", ("model.quantize=none",), request, larger)
+    elif work.quantize == "none" and not facts.unfused:
+        smaller = replace(work, quantize="nf4")
+        yield _of_work("QLoRA instead of LoRA", ("model.quantize=nf4",), request, smaller)
+
+
+def _adapter(request: PlanRequest) -> Iterator[_Change]:
+    """LoRA in place of full fine-tuning."""
+    work = replace(request.work, rank=16, adapted=("qkv", "output", "gate_up", "down"), trained_itemsize=4)
+    yield _of_work("LoRA instead of all weights", ("adapter.kind=lora",), request, work)
+
+
+def _shorter(request: PlanRequest) -> Iterator[_Change]:
+    """Rows of half the length, of a quarter, and so on."""
+    work, times = request.work, 2
+    while (length := work.tokens // times) >= _SHORTEST:
+        shorter = replace(work, documents=(length,), supervised=min(-(-work.supervised // times), length))
+        what = "rows of half the length" if times == 2 else f"rows of {length:,} tokens"
+        yield _of_work(what, (f"train.sequence_length={length}",), request, shorter)
+        times *= 2
+
+
+def _lower_rank(request: PlanRequest) -> Iterator[_Change]:
+    """An adapter of half the rank, of a quarter, and so on."""
+    rank = request.work.rank
+    while (rank := rank // 2) >= _LOWEST:
+        yield _of_work(f"rank {rank}", (f"adapter.rank={rank}",), request, replace(request.work, rank=rank))
+
+
+def _larger_cards(request: PlanRequest) -> Iterator[_Change]:
+    """Cards with more memory, the smallest first; of those with the same the fastest."""
+    here = CARDS[request.card]
+    if request.budget > 1:  # so many bytes are so many on any card
+        return
+
+    def order(card: Card) -> tuple[int, float]:
+        return card.gb, -card.tensor
+
+    for card in sorted(CARDS.values(), key=order):
+        if card.gb > here.gb:
+            yield _Change(card.name, (), replace(request, card=card.name))

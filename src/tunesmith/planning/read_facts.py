@@ -9,12 +9,11 @@ Rejected: transformers' own config classes. They load in seconds, and a plan is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-from tunesmith.contracts.errors import UserError
 from tunesmith.planning.architectures import ARCHITECTURES, Architecture, find_architecture
 from tunesmith.planning.facts import LayerFacts, ModelFacts
 from tunesmith.planning.family_defaults import DEFAULTS
@@ -100,8 +99,9 @@ def _read_family(config: SimpleNamespace, name: str) -> ModelFacts:
     _, unfused = find_architecture(config)
     count = needed(config, "num_hidden_layers", name)
     layer = _layer(config, row, name)
-    windows, rotary = _windows(config, row, count, name), _rotates(config, row, count, name)
-    if row.rope == "self_attn.sliding_window":  # positions are known to the layers that look at the last ones only
+    rotary = _rotates(config, row, count, name)
+    windows = _windows(config, row, rotary, name)
+    if row.rope == "self_attn.sliding_window":  # layers that see everything know no positions
         rotary = [window is not None for window in windows]
     layers = tuple(
         replace(layer, window=window, rotary_dim=layer.rotary_dim if turns else 0)
@@ -144,6 +144,7 @@ def _layer(config: SimpleNamespace, row: Architecture, name: str) -> LayerFacts:
             row.norms.before_mlp is not None,
             row.norms.behind_mlp is not None,
         ),
+        layer_norm=row.norm == "layer",
         norm_bias=config.model_type == "starcoder2",
         # Command R's norms of q and k have a weight for each column of each head
         qk_norm=row.qk_norms is not None or cohere_norms,
@@ -178,39 +179,35 @@ def _rotates(config: SimpleNamespace, row: Architecture, count: int, name: str) 
 # ---------------------------------------------------------------- windows
 
 
-def _every(pattern: int) -> Callable[[SimpleNamespace, int], bool]:
-    return lambda config, number: (number + 1) % (getattr(config, "sliding_window_pattern", None) or pattern) != 0
+_SEES_ALL = {"gemma2": 2, "gemma3_text": 6, "olmo3": 4, "cohere2": 4}
+"""Families of which every so many-th layer sees all keys, where the config does not list its layers."""
 
-
-_SLIDES: dict[str, Callable[[SimpleNamespace, int], bool]] = {
-    "mistral": lambda config, number: True,
-    "phi3": lambda config, number: True,
-    "starcoder2": lambda config, number: True,
-    "ministral": lambda config, number: True,
-    "qwen2": lambda config, number: number >= config.max_window_layers,
-    "qwen3": lambda config, number: number >= config.max_window_layers,
-    "gemma2": lambda config, number: number % 2 == 0,
-    "gemma3_text": _every(6),
-    "olmo3": lambda config, number: number % 4 != 3,
-    "cohere2": _every(4),
-    "smollm3": lambda config, number: not _rotates(
-        config, ARCHITECTURES["smollm3"], config.num_hidden_layers, ""
-    )[number],
-}
-"""Whether a layer looks at the last keys only, where the config does not list it."""
+_SAYS_WHICH = {"gemma3_text", "cohere2"}
+"""Those of them whose config may say how many-th, by an older name."""
 
 _ALL_ALIKE = {"mistral", "phi3", "starcoder2"}
 """Families whose layers do not read `layer_types`."""
 
 
-def _windows(config: SimpleNamespace, row: Architecture, count: int, name: str) -> list[int | None]:
+def _slides(config: SimpleNamespace, rotates: list[bool], number: int) -> bool:
+    """Whether a layer looks at the last keys only, where the config does not list it."""
+    family = config.model_type
+    if family in _SEES_ALL:
+        said = getattr(config, "sliding_window_pattern", None) if family in _SAYS_WHICH else None
+        return bool((number + 1) % (said or _SEES_ALL[family]))
+    if family in ("qwen2", "qwen3"):
+        return bool(number >= config.max_window_layers)
+    return family != "smollm3" or not rotates[number]
+
+
+def _windows(config: SimpleNamespace, row: Architecture, rotates: list[bool], name: str) -> list[int | None]:
     """The window of each layer in keys, None where it sees all that came before."""
-    window = getattr(config, "sliding_window", None)
+    window, count = getattr(config, "sliding_window", None), len(rotates)
     if row.window is None or not window or not getattr(config, "use_sliding_window", True):
         return [None] * count
     listed = None if config.model_type in _ALL_ALIKE else getattr(config, "layer_types", None)
     if listed is None:
-        slides = [_SLIDES[config.model_type](config, number) for number in range(count)]
+        slides = [_slides(config, rotates, number) for number in range(count)]
     else:
         kinds = _of_each_layer(listed, count, "layer_types", name)
         slides = [kind == "sliding_attention" for kind in kinds]

@@ -109,6 +109,7 @@ def _dense_layer(config: SimpleNamespace, name: str) -> LayerFacts:
         rotary_dim=head_dim,
         gated=gated,
         gate_up_parts=2 if gated else 1,
+        layer_norm=not gated,
         norm_bias=not gated,
         qk_norm=config.model_type in _QK_NORMED,
         qk_full=config.model_type == "olmoe",

@@ -45,7 +45,7 @@ def vision_parameters(config: Mapping[str, Any], text: Mapping[str, Any], name: 
 
 
 def _siglip(sizes: SimpleNamespace, width: int, name: str) -> int:
-    """Elements of a SigLIP tower: patches, positions, layers, the last norm, and its pooling head where it has one."""
+    """Elements of a SigLIP tower: patches, positions, layers, the last norm, and its pooling head if any."""
     inner, patch = needed(sizes, "intermediate_size", name), needed(sizes, "patch_size", name)
     attention = 4 * (width * width + width)
     mlp = 2 * width * inner + inner + width

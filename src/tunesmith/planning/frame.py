@@ -1,0 +1,299 @@
+"""A step with one size of micro-batch, taken apart into what policies decide and what they do not. Torch-free.
+
+`bytes.timeline` and `seconds.step_seconds` say what a step takes under given policies; here the same sums stand open,
+so that a search over policies adds and compares numbers and walks no step. Tests hold the two equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+
+from tunesmith.planning import step_amounts
+from tunesmith.planning.bytes import LIBRARIES, Fixed, Moment, fixed_bytes, timeline
+from tunesmith.planning.cards import Rates
+from tunesmith.planning.facts import LayerFacts, ModelFacts, Work
+from tunesmith.planning.fit import STOCK_POLICIES
+from tunesmith.planning.layer_bytes import IN_FLIGHT, LayerBytes, layer_bytes
+from tunesmith.planning.policies import HELD
+from tunesmith.planning.request import PlanRequest
+from tunesmith.planning.seconds import (
+    FEW,
+    LayerSeconds,
+    backward_seconds,
+    forward_seconds,
+    layer_seconds,
+    seconds_of,
+    step_seconds,
+)
+
+STOCK_BYTES = 2.4
+"""What a layer of transformers keeps for each byte that a fused one under `keep` does, an estimate: of a token of the
+8B shape both norms' rows and inputs in float32, q and k before and after RoPE, and four times the MLP's columns, some
+112,000 columns where `keep` has 47,000."""
+
+_BASE = "recompute"
+"""The policy under which what no policy decides is read off a timeline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A kind of layer under one policy.
+
+    Attributes:
+        kept, moved, forward, backward: bytes, as in `LayerBytes`.
+        timed: its seconds.
+        seconds: forward and backward without any wait for the link.
+    """
+
+    kept: int
+    moved: int
+    forward: int
+    backward: int
+    timed: LayerSeconds
+    seconds: float
+
+
+class Frame:
+    """What a step takes.
+
+    Args:
+        model: the facts.
+        request: what is planned.
+        rows: of a micro-batch.
+        rates: of the card.
+        beside: bytes on the device that the facts do not tell.
+
+    Attributes:
+        names: policies that the layers have, fastest first on a card with a fast link.
+        kinds: for each layer the number of its kind; ways: for each kind what every policy makes of it.
+        forward: for each layer the bytes of its forward pass beside what layers hold and its own need; backward
+            likewise.
+        around: the most at moments at which all layers hold what they keep, beside that.
+        least: bytes that are there at some moment whatever the policies.
+        standing: bytes that are always there.
+        sums: for each policy kept bytes, moved bytes and seconds of so many first layers.
+    """
+
+    def __init__(
+        self, model: ModelFacts, request: PlanRequest, rows: int, rates: Rates, beside: int = 0
+    ) -> None:
+        self.model, self.rows, self.rates = model, rows, rates
+        self.work = request.work_of(rows)
+        self.passes = request.rows / rows
+        self.micro_batches = -(-request.rows // rows)
+        self.fixed: Fixed = fixed_bytes(model, self.work)
+        self.beside = beside
+        self.standing = self.fixed.weights + self.fixed.adapter + self.fixed.optimizer + LIBRARIES + beside
+        self.names = tuple(HELD) if not model.unfused else STOCK_POLICIES
+        self.count = len(model.layers)
+        self._read_kinds()
+        self._read_overheads()
+        self._read_seconds()
+        self._read_sums()
+
+    def _read_kinds(self) -> None:
+        work, last = self.work, self.count - 1
+        few = work.supervised <= FEW * work.tokens and not self.model.unfused
+        known: dict[tuple[LayerFacts, int | None], int] = {}
+        kinds = []
+        for number, layer in enumerate(self.model.layers):
+            rows = work.supervised if few and number == last else None
+            kinds.append(known.setdefault((layer, rows), len(known)))
+        self.kinds = tuple(kinds)
+        self.ways: list[Mapping[str, Way]] = [self._ways(layer, rows) for layer, rows in known]
+
+    def _ways(self, layer: LayerFacts, rows: int | None) -> dict[str, Way]:
+        fused = not self.model.unfused
+        ways = {}
+        for name in self.names:
+            cost = layer_bytes(layer, self.work, name) if fused else stock_bytes(layer, self.work, name)
+            timed = layer_seconds(layer, self.work, name, self.rates, rows=rows, fused=fused)
+            ways[name] = Way(cost.kept, cost.moved, cost.forward, cost.backward, timed, sum(timed.computing))
+        return ways
+
+    def _read_overheads(self) -> None:
+        """Takes the layers' own bytes out of a timeline."""
+        layers = self.model.layers
+        costs = {layer: layer_bytes(layer, self.work, _BASE) for layer in dict.fromkeys(layers)}
+        self._bare: list[Moment] = []
+        self.forward, self.backward = [0] * self.count, [0] * self.count
+        self.around, self.least = 0, self.fixed.gradients
+        for moment in timeline(self.model, self.work, (_BASE,) * self.count):
+            what, place = _place(moment)
+            own = 0 if place is None else getattr(costs[layers[place]], what)
+            # gradients of an earlier micro-batch may be there already
+            gradients = self.fixed.gradients if self.micro_batches > 1 else moment.gradients
+            bare = replace(moment, passing=moment.passing - own, gradients=gradients)
+            self._bare.append(bare)
+            beside = bare.passing + bare.gradients
+            if place is not None:
+                (self.forward if what == "forward" else self.backward)[place] = beside
+            elif moment.activations:
+                self.around = max(self.around, beside)
+            else:
+                self.least = max(self.least, beside)
+
+    def _read_seconds(self) -> None:
+        work, model, rates = self.work, self.model, self.rates
+        bare = step_seconds(model, work, (_BASE,) * self.count, rates)
+        self._beside = bare.head + bare.embeddings
+        self._once = bare.optimizer
+        self._once += (self.micro_batches - 1) * seconds_of(step_amounts.accumulation(model, work), rates)
+        unrecorded = step_seconds(model, work, (_BASE,) * self.count, rates, graphs=False)
+        self._starts = bare.start, unrecorded.start
+        self._hosts = self.micro_batches * bare.host, self.micro_batches * unrecorded.host
+
+    def _read_sums(self) -> None:
+        self.sums: dict[str, tuple[list[float], list[float], list[float]]] = {}
+        for name in self.names:
+            ways = self.of((name,) * self.count)
+            self.sums[name] = (
+                [0, *accumulate(way.kept for way in ways)],
+                [0, *accumulate(way.moved for way in ways)],
+                [0, *accumulate(way.seconds for way in ways)],
+            )
+
+    # ------------------------------------------------------------------ under given policies
+
+    def of(self, policies: Sequence[str]) -> list[Way]:
+        """What the policies make of the layers."""
+        return [self.ways[kind][name] for kind, name in zip(self.kinds, policies, strict=True)]
+
+    def passing_peak(self, policies: Sequence[str]) -> int:
+        """The most bytes of what a step makes, gradients included."""
+        return max(self.fixed.gradients, *(moment.bytes for moment in self.moments(policies)))
+
+    def moments(self, policies: Sequence[str]) -> list[Moment]:
+        """What is alive at the peak of each stretch of a micro-batch, as `bytes.timeline` has it for fused layers."""
+        ways = self.of(policies)
+        moved = [*(0 for _ in range(IN_FLIGHT)), *(way.moved for way in ways)]
+        held = [0, *accumulate(way.kept for way in ways)]
+        found = []
+        for bare in self._bare:
+            what, place = _place(bare)
+            if place is None:
+                activations, own = held[-1] + sum(moved[-IN_FLIGHT:]) if bare.activations else 0, 0
+            elif what == "forward":
+                activations, own = held[place] + sum(moved[place : place + IN_FLIGHT]), ways[place].forward
+            else:
+                coming = moved[place + IN_FLIGHT] + moved[place + IN_FLIGHT - 1]
+                activations, own = held[place + 1] + coming, ways[place].backward
+            found.append(replace(bare, activations=activations, passing=bare.passing + own))
+        return found
+
+    def peak(self, policies: Sequence[str]) -> int:
+        """The most bytes of the device, as `bytes.peak_bytes` has them for fused layers."""
+        return self.standing + self.passing_peak(policies)
+
+    def host(self, policies: Sequence[str]) -> int:
+        """Pinned bytes of the host."""
+        return sum(way.moved for way in self.of(policies))
+
+    def layers_seconds(self, policies: Sequence[str]) -> float:
+        """All layers forward and backward in one micro-batch."""
+        timed = [way.timed for way in self.of(policies)]
+        return forward_seconds(timed) + backward_seconds(timed)
+
+    def step_seconds(self, policies: Sequence[str]) -> float:
+        """An optimizer step; of a last, smaller micro-batch its share."""
+        moves = any(way.moved for way in self.of(policies))
+        device = self.passes * (self.layers_seconds(policies) + self._beside) + self._once
+        return self._starts[moves] + max(device, self._hosts[moves])
+
+    def layers_within(self, seconds: float) -> float:
+        """Seconds that all layers of a micro-batch may take at most for a step to be faster than this."""
+        return (seconds - min(self._starts) - self._once) / self.passes - self._beside
+
+
+def _place(moment: Moment) -> tuple[str, int | None]:
+    """The pass and the layer of a moment; None where it is no layer's."""
+    what, _, number = moment.label.partition(" ")
+    return (what, int(number)) if number.isdigit() else (moment.label, None)
+
+
+def stock_bytes(layer: LayerFacts, work: Work, policy: str) -> LayerBytes:
+    """An estimate of what a layer of transformers allocates."""
+    fused = layer_bytes(layer, work, policy)
+    whole = int(STOCK_BYTES * layer_bytes(layer, work, "keep").kept)
+    if policy == "keep":
+        return LayerBytes(whole, 0, max(fused.forward, whole), fused.backward, fused.gradients)
+    return LayerBytes(fused.kept, 0, max(fused.forward, whole), whole + fused.backward, fused.gradients)
+
+
+class Prefix:
+    """The first layers of a frame under policies that move tensors to the host.
+
+    Args:
+        parts: (policy, layers) in order.
+    """
+
+    def __init__(self, frame: Frame, parts: tuple[tuple[str, int], ...] = ()) -> None:
+        self._frame, self.parts = frame, parts
+        self.count = sum(count for _, count in parts)
+
+    @cached_property
+    def policies(self) -> tuple[str, ...]:
+        """One a layer."""
+        return tuple(name for name, count in self.parts for _ in range(count))
+
+    @cached_property
+    def ways(self) -> list[Way]:
+        """What the policies make of the layers."""
+        frame = self._frame
+        return [frame.ways[kind][name] for kind, name in zip(frame.kinds, self.policies, strict=False)]
+
+    def _sum(self, what: int) -> float:
+        total, first = 0.0, 0
+        for name, count in self.parts:
+            sums = self._frame.sums[name][what]
+            total += sums[first + count] - sums[first]
+            first += count
+        return total
+
+    @cached_property
+    def kept(self) -> int:
+        """Bytes that stay on the device."""
+        return int(self._sum(0))
+
+    @cached_property
+    def host(self) -> int:
+        """Bytes that lie in host memory."""
+        return int(self._sum(1))
+
+    @cached_property
+    def least_seconds(self) -> float:
+        """What both passes take if nothing waits, which is no more than they do."""
+        return self._sum(2)
+
+    @cached_property
+    def seconds(self) -> float:
+        """What both passes take, with their waits for the link."""
+        timed = [way.timed for way in self.ways]
+        return forward_seconds(timed) + backward_seconds(timed)
+
+    def _moved(self, number: int) -> int:
+        return self.ways[number].moved if 0 <= number < self.count else 0
+
+    def under_way(self, number: int) -> int:
+        """Bytes that are leaving while a layer runs forward."""
+        if number - IN_FLIGHT >= self.count:
+            return 0
+        return sum(self._moved(before) for before in range(number - IN_FLIGHT, number))
+
+    def coming(self, number: int) -> int:
+        """Bytes that are back while a layer runs backward: its own and those of the one before."""
+        return self._moved(number) + self._moved(number - 1)
+
+    def fits(self, room: int) -> bool:
+        """Whether its own layers stay within so many bytes."""
+        held, frame = 0, self._frame
+        for number, way in enumerate(self.ways):
+            if held + self.under_way(number) + frame.forward[number] + way.forward > room:
+                return False
+            held += way.kept
+            if held + self.coming(number) + frame.backward[number] + way.backward > room:
+                return False
+        return True

@@ -1,0 +1,167 @@
+"""Plans: what they say of memory and time, and what they advise where a run does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tunesmith.planning.bytes import LIBRARIES, fixed_bytes, head_rows, peak_bytes, timeline
+from tunesmith.planning.cards import CARDS
+from tunesmith.planning.facts import ModelFacts, Work
+from tunesmith.planning.known_models import published_config
+from tunesmith.planning.plan import PARTS, Plan, PlanRequest, make_plan
+from tunesmith.planning.read_facts import read_facts
+from tunesmith.planning.seconds import step_seconds
+
+GIB = 2**30
+EIGHT = read_facts(published_config("meta-llama/Llama-3.1-8B") or {}, "8B")
+SMALL = read_facts(published_config("HuggingFaceTB/SmolLM2-135M") or {}, "135M")
+
+
+def asked(card: str = "H100-80GB", rows: int = 4, length: int = 4096, **changes) -> PlanRequest:
+    work = Work((length,), length, **changes.pop("work", {"quantize": "nf4"}))
+    return PlanRequest(card, work, rows, **changes)
+
+
+def changed(request: PlanRequest, setting: str) -> PlanRequest:
+    """The request as a run file with this setting would make it."""
+    name, _, value = setting.partition("=")
+    work = request.work
+    match name:
+        case "memory.policy":
+            return replace(request, policy=value)
+        case "train.micro_batch":
+            return replace(request, micro_batch=None)
+        case "train.sequence_length":
+            return replace(request, work=replace(work, documents=(int(value),), supervised=int(value)))
+        case "adapter.rank":
+            return replace(request, work=replace(work, rank=int(value)))
+        case "adapter.kind":
+            lora = Work(work.documents, work.supervised)
+            return replace(request, work=replace(lora, optimizer=work.optimizer))
+        case "train.optimizer":
+            return replace(request, work=replace(work, optimizer=value))
+        case "model.quantize":
+            return replace(request, work=replace(work, quantize=value))
+        case "model.dtype":
+            return replace(request, work=replace(work, trained_itemsize=2))
+    raise AssertionError(setting)
+
+
+def check_alternatives(facts: ModelFacts, request: PlanRequest, plan: Plan) -> None:
+    """What is said of other settings is what a plan with them says."""
+    for other in (*plan.nearest, *plan.alternatives):
+        again = replace(request, card=other.summary.card)
+        for setting in other.settings:
+            again = changed(again, setting)
+        assert make_plan(facts, again).summary == other.summary
+
+
+def test_a_plan_says_what_the_models_of_bytes_and_seconds_say():
+    request = asked(steps=100, budget=0.5)
+    plan = make_plan(EIGHT, request)
+    work = request.work_of(plan.micro_batch_rows)
+    passes = 4 // plan.micro_batch_rows
+    assert plan.fits
+    assert plan.missing_bytes == 0
+    assert plan.budget_bytes == int(0.5 * CARDS["H100-80GB"].memory_bytes)
+    peak = peak_bytes(EIGHT, work, plan.policies, accumulates=passes > 1)
+    assert plan.peak_bytes == peak <= plan.budget_bytes
+    rates = CARDS["H100-80GB"].rates()
+    seconds = step_seconds(EIGHT, work, plan.policies, rates, passes).total
+    assert plan.step_seconds == pytest.approx(seconds, rel=1e-12)
+    assert plan.tokens_per_second == pytest.approx(4 * 4096 / seconds)
+    assert plan.total_seconds == pytest.approx(100 * seconds)
+    assert plan.tokens == work.tokens
+    assert plan.chunks["head"] == head_rows(EIGHT, work)
+
+
+def test_the_parts_are_those_of_the_walk_and_the_largest_moment_is_the_peak():
+    request = asked(rows=1)
+    plan = make_plan(EIGHT, request)
+    fixed = fixed_bytes(EIGHT, request.work)
+    assert tuple(plan.parts) == PARTS
+    assert plan.parts["weights"] == fixed.weights
+    assert plan.parts["optimizer"] == fixed.optimizer
+    assert plan.parts["reserve"] == LIBRARIES
+    moments = timeline(EIGHT, request.work, plan.policies)
+    assert plan.parts["activations"] == max(moment.activations for moment in moments)
+    assert [label for label, _ in plan.timeline] == [moment.label for moment in moments]
+    assert max(sum(parts.values()) for _, parts in plan.timeline) == plan.peak_bytes
+    head = next(parts for label, parts in plan.timeline if label == "head")
+    assert head["head"] == plan.parts["head"] > 0
+    assert head["workspace"] == 0
+
+
+def test_weights_that_nothing_computes_with_are_counted():
+    tower = replace(EIGHT, other_parameters=10**9)
+    bare, seeing = make_plan(EIGHT, asked(rows=1)), make_plan(tower, asked(rows=1))
+    assert seeing.parts["weights"] - bare.parts["weights"] == 2 * 10**9
+    assert seeing.peak_bytes - bare.peak_bytes == 2 * 10**9
+
+
+def test_a_budget_in_bytes_is_never_more_than_the_card_has():
+    assert make_plan(EIGHT, asked(budget=24 * GIB)).budget_bytes == 24 * GIB
+    card = CARDS["H100-80GB"]
+    assert make_plan(EIGHT, asked(budget=500 * GIB)).budget_bytes == card.memory_bytes
+
+
+def test_what_fits_names_the_next_card_the_other_weights_and_half_the_length():
+    request = asked()
+    plan = make_plan(EIGHT, request)
+    assert not plan.nearest
+    assert [(other.what, other.settings) for other in plan.alternatives] == [
+        ("H200", ()),
+        ("LoRA instead of QLoRA", ("model.quantize=none",)),
+        ("rows of half the length", ("train.sequence_length=2048",)),
+    ]
+    check_alternatives(EIGHT, request, plan)
+
+
+def test_what_does_not_fit_names_settings_under_which_it_does():
+    request = asked("RTX-3090", work={}, length=16_384, budget=0.75)
+    plan = make_plan(EIGHT, request)
+    assert not plan.fits
+    assert plan.missing_bytes == plan.peak_bytes - plan.budget_bytes > 0
+    assert not plan.alternatives
+    assert all(other.summary.fits for other in plan.nearest)
+    names = [other.what for other in plan.nearest]
+    assert names[0] == "QLoRA instead of LoRA"
+    assert plan.nearest[-1].summary.card == "RTX-5090"
+    check_alternatives(EIGHT, request, plan)
+
+
+def test_fixed_settings_that_are_in_the_way_are_left_to_the_plan_first():
+    plan = make_plan(EIGHT, asked("RTX-4090", length=16_384, policy="keep_all", micro_batch=4, host_bytes=0))
+    assert plan.nearest[0].settings == ("memory.policy=auto", "train.micro_batch=auto")
+    plan = make_plan(EIGHT, asked("RTX-4090", policy="keep_all", micro_batch=1))
+    assert plan.nearest[0].settings == ("memory.policy=auto",)
+
+
+def test_two_changes_where_one_is_not_enough():
+    request = asked("L4", work={"rank": 64}, length=65_536, budget=0.45)
+    plan = make_plan(EIGHT, request)
+    assert plan.nearest[0].settings == ("model.quantize=nf4", "train.sequence_length=8192")
+    check_alternatives(EIGHT, request, plan)
+
+
+def test_full_fine_tuning_that_does_not_fit_gets_8_bits_and_bfloat16():
+    request = asked(work={"rank": 0, "adapted": ()}, length=2048)
+    plan = make_plan(EIGHT, request)
+    assert plan.nearest[0].settings == ("train.optimizer=adamw_8bit", "model.dtype=bfloat16")
+    assert plan.nearest[1].settings == ("adapter.kind=lora",)
+    check_alternatives(EIGHT, request, plan)
+
+
+def test_where_nothing_fits_nothing_is_advised_but_a_card():
+    seventy = read_facts(published_config("meta-llama/Llama-3.1-70B") or {}, "70B")
+    plan = make_plan(seventy, asked("L4", work={}))
+    assert [other.what for other in plan.nearest] == ["B200"]
+    assert not make_plan(seventy, asked("L4", work={}, budget=20 * GIB)).nearest
+
+
+def test_a_small_model_keeps_everything_in_large_micro_batches():
+    plan = make_plan(SMALL, asked(rows=16, length=1024, work={}))
+    assert plan.strip == (("keep_all", 30),)
+    assert plan.micro_batch_rows == 16

@@ -1,0 +1,372 @@
+"""Foreseen seconds against those of measured steps, and the work that is counted against what others count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import pytest
+from benchmarks.peers.flops import step_flops
+from benchmarks.shapes import SHAPES
+
+from tunesmith.models.policy import POLICIES
+from tunesmith.planning import seconds, step_amounts
+from tunesmith.planning.amounts import EXTRA_KEYS, HEAD_SHARES, LayerAmounts, pairs
+from tunesmith.planning.cards import CARDS, Rates
+from tunesmith.planning.facts import ModelFacts, Work
+from tunesmith.planning.policies import HELD
+from tunesmith.planning.read_facts import read_facts
+from tunesmith.planning.seconds import LayerSeconds, layer_seconds, other_seconds, step_seconds
+
+EQUAL = (4096, 4096)
+MIXED = (880, 410, 792, 927, 446, 57, 281, 1004, 539, 513, 430, 956, 818, 139)
+SHORT = (512,) * 8
+QLORA = Work(documents=EQUAL, supervised=8190, quantize="nf4")
+LORA = Work(documents=EQUAL, supervised=8190)
+FULL = Work(
+    documents=(4096,), supervised=4095, rank=0, adapted=(), optimizer="adamw_8bit", trained_itemsize=2
+)  # fmt: skip
+H100, H200 = CARDS["H100-80GB"].rates(), CARDS["H200"].rates()
+
+
+def facts(shape: str, layers: int | None = None) -> ModelFacts:
+    model = read_facts({"model_type": "llama"} | SHAPES[shape], shape)
+    return replace(model, layers=model.layers[:layers])
+
+
+def uniform(model: ModelFacts, work: Work, policy: str, rates: Rates, **options) -> seconds.StepSeconds:
+    return step_seconds(model, work, [policy] * len(model.layers), rates, **options)
+
+
+# ---------------------------------------------------------------------- against measured steps
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured step: tokens a second, and where it stands."""
+
+    card: str
+    shape: str
+    work: Work
+    policy: str
+    speed: int
+    layers: int | None = None
+
+    def __str__(self) -> str:
+        kind = "full" if self.work.full else self.work.quantize
+        return (
+            f"{self.card}-{self.shape}-{kind}-{len(self.work.documents)}-{self.policy}-{self.layers or 'all'}"
+        )
+
+
+def both(card: str, shape: str, names: Sequence[str], speeds: Sequence[int], layers: int | None = None):
+    return [Row(card, shape, QLORA, name, speed, layers) for name, speed in zip(names, speeds, strict=True)]
+
+
+LEAN, RICH = ("keep", "offload_attention"), ("keep", "keep_all")
+MEASURED = [
+    # benchmarks/RESULTS.md, beside its peers
+    Row("H100-80GB", "8b", QLORA, "keep", 16_112),
+    Row("H100-80GB", "8b", QLORA, "recompute_gate_up", 13_721),
+    Row("H100-80GB", "8b", QLORA, "offload_attention", 13_614),
+    Row("H100-80GB", "8b", LORA, "keep_all", 16_566),
+    Row("H100-80GB", "8b", LORA, "keep", 16_340),
+    Row("H100-80GB", "8b", replace(QLORA, documents=MIXED, supervised=8178), "keep", 17_609),
+    Row("H100-80GB", "8b", replace(QLORA, supervised=824), "keep", 17_350),
+    Row("H100-80GB", "135m", replace(LORA, documents=SHORT, supervised=4088), "keep", 249_697),
+    Row("H100-80GB", "135m", replace(LORA, documents=SHORT, supervised=428), "keep", 270_033),
+    # the same, other families
+    *both("H100-80GB", "mistral-7b", LEAN, (16_781, 14_077)),
+    *both("H100-80GB", "qwen3-8b", LEAN, (15_238, 13_053)),
+    *both("H200", "mistral-7b", LEAN, (16_988, 14_198)),
+    *both("H200", "qwen3-8b", LEAN, (15_497, 13_310)),
+    *both("H200", "qwen2.5-7b", LEAN, (17_323, 14_688)),
+    *both("H200", "gemma3-12b", LEAN, (10_566, 8_357)),
+    *both("H200", "phi-4", LEAN, (9_074, 7_516)),
+    *both("H200", "gemma2-9b", LEAN, (11_077, 9_122)),
+    # the same, full fine-tuning
+    Row("H100-80GB", "8b", FULL, "keep", 9_674),
+    Row("H100-80GB", "8b", FULL, "recompute_gate_up", 8_708),
+    Row("H100-80GB", "8b", FULL, "recompute", 8_135),
+    # profiles of `benchmarks/step.py --layers 8 --profile`, the same day, timed before the profiler ran
+    *both("H100-80GB", "8b", RICH, (53_134, 54_597), 8),
+    *both("H100-80GB", "qwen3-8b", RICH, (55_279, 56_012), 8),
+    *both("H100-80GB", "gemma2-9b", RICH, (42_906, 43_249), 8),
+    *both("H100-80GB", "gemma3-12b", RICH, (44_624, 44_606), 8),
+    *both("H100-80GB", "phi-4", RICH, (39_796, 38_847), 8),
+]
+
+
+def error(row: Row) -> float:
+    """Foreseen over measured, less 1."""
+    model = facts(row.shape, row.layers)
+    foreseen = uniform(model, row.work, row.policy, CARDS[row.card].rates()).total
+    return foreseen * row.speed / row.work.tokens - 1
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=str)
+def test_a_measured_step_is_foreseen_within_six_per_cent(row):
+    assert abs(error(row)) < 0.06
+
+
+def test_errors_are_small_on_average_and_lean_to_no_side():
+    errors = [error(row) for row in MEASURED]
+    assert sum(map(abs, errors)) / len(errors) < 0.02
+    assert abs(sum(errors)) / len(errors) < 0.015
+
+
+def test_what_a_policy_costs_is_foreseen():
+    """The difference to `keep`, which is what a solver weighs: 89 and 93 ms of 8B QLoRA, 47 and 80 of full."""
+    speeds = {(row.work, row.policy): row.speed for row in MEASURED if row.shape == "8b" and not row.layers}
+    model = facts("8b")
+    for work, policy in (
+        (QLORA, "recompute_gate_up"),
+        (QLORA, "offload_attention"),
+        (FULL, "recompute_gate_up"),
+        (FULL, "recompute"),
+    ):
+        measured = work.tokens / speeds[work, policy] - work.tokens / speeds[work, "keep"]
+        foreseen = uniform(model, work, policy, H100).total - uniform(model, work, "keep", H100).total
+        assert foreseen == pytest.approx(measured, rel=0.15)
+
+
+def test_layers_of_transformers_are_foreseen():
+    """8B QLoRA with transformers' checkpointing: 7,575 tokens/s on one H100, with their own head."""
+    stock = replace(facts("8b"), unfused="it is a test")
+    assert 8192 / uniform(stock, QLORA, "recompute", H100).total == pytest.approx(7_575, rel=0.05)
+
+
+# ---------------------------------------------------------------------- the work itself
+
+
+@pytest.mark.parametrize("shape", ["8b", "qwen3-8b", "gemma2-9b", "gemma3-12b", "phi-4"])
+@pytest.mark.parametrize("full", [False, True])
+def test_operations_are_those_of_the_roofline(shape, full):
+    """Attention without what diagonals cost besides, and at the rates of heads of 128 columns."""
+    model, work = facts(shape), replace(FULL if full else QLORA, documents=MIXED, supervised=100, rank=0)
+    # adapters are passes here: their products stand for bytes
+    work = replace(work, rank=0 if full else 16, adapted=())
+    operations = step_amounts.head(model, work).products
+    for layer in model.layers:
+        counted = LayerAmounts(layer, work, work.tokens)
+        held = HELD["keep"]
+        operations += (counted.forward(held) + counted.backward(held)).products
+        operations += 14 * layer.q_columns * pairs(work.documents, layer.window)
+    wanted = step_flops(SHAPES[shape], MIXED, 100, 0, full=full)
+    assert operations == pytest.approx(wanted, rel=1e-12)
+
+
+def test_attention_counts_pairs_diagonals_and_the_share_of_its_heads():
+    layer = replace(facts("8b").layers[0], head_dim=64, heads=64)
+    counted = LayerAmounts(layer, replace(QLORA, documents=(3, 2)), 5)
+    # 1 + 2 + 3 and 1 + 2 pairs, 64 · 64 columns
+    assert counted.attended(0) == pytest.approx(4 * 4096 * (9 + 5 * EXTRA_KEYS[0]) / HEAD_SHARES[64][0])
+    assert counted.attended(1) == pytest.approx(10 * 4096 * (9 + 5 * EXTRA_KEYS[1]) / HEAD_SHARES[64][1])
+    seen = LayerAmounts(replace(layer, window=2), replace(QLORA, documents=(3, 2)), 5)
+    assert counted.attended(0) - seen.attended(0) == pytest.approx(4 * 4096 / HEAD_SHARES[64][0])
+    capped = LayerAmounts(replace(layer, softcap=True), QLORA, 5)
+    assert capped.attended(1) > LayerAmounts(replace(layer, head_dim=128, heads=32), QLORA, 5).attended(1)
+
+
+def test_pairs_of_a_window():
+    # a document of 5 and a window of 3: 1 + 2 + 3 + 3 + 3
+    assert pairs((5,), 3) == 12
+    assert pairs((5, 2), 3) == 15
+    assert pairs((5,), None) == pairs((5,), 9) == 15
+
+
+def test_four_bits_are_unpacked_once_forward_and_once_backward_whatever_is_recomputed():
+    layer, tokens = facts("8b").layers[0], QLORA.tokens
+    plain = replace(QLORA, quantize="none")
+    for held in HELD.values():
+        for direction in ("forward", "backward"):
+            packed = getattr(LayerAmounts(layer, QLORA, tokens), direction)(held)
+            without = getattr(LayerAmounts(layer, plain, tokens), direction)(held)
+            # in 16 bits the adapters' sums wait in float32 instead, a stream's half for each product onto the stream
+            onto = 2 if direction == "forward" else "middle" not in held.keep
+            unpacked = packed.moved - without.moved + onto * tokens * layer.hidden * 2
+            assert unpacked == pytest.approx(layer.matrix_parameters * (0.5 + 1 / 64 + 2))
+
+
+def test_policies_are_those_of_the_models():
+    assert {name: (held.keep, held.moved) for name, held in HELD.items()} == {
+        name: (policy.keep, policy.offload) for name, policy in POLICIES.items()
+    }
+
+
+@pytest.mark.parametrize("shape", ["8b", "gemma2-9b"])
+def test_what_keeps_more_is_faster(shape):
+    model = facts(shape)
+    order = ("keep_all", "keep", "recompute_gate_up", "recompute_projections", "recompute")
+    times = [layer_seconds(model.layers[0], QLORA, policy, H100).total for policy in order]
+    assert all(richer < leaner for richer, leaner in pairwise(times[:3]))
+    assert times[2] < times[4]
+    assert times[3] < times[4]
+
+
+def test_a_norm_behind_the_mlp_has_its_block_computed_again():
+    behind = facts("gemma2-9b").layers[0]
+    before = replace(behind, norms=(True, False, True, False))
+    work, held = replace(QLORA, adapted=()), HELD["recompute"]
+    extra = LayerAmounts(behind, work, 8192).backward(held).products
+    extra -= LayerAmounts(before, work, 8192).backward(held).products
+    assert extra == pytest.approx(2 * 8192 * behind.hidden * behind.inner)
+
+
+def test_bytes_that_travel_are_those_of_the_host():
+    """9.0 and 9.3 GiB of host memory were measured, of which buffers are cut in larger pieces."""
+    for shape, gib in (("8b", 9.0), ("phi-4", 14.1), ("gemma2-9b", 17.1), ("gemma3-12b", 20.3)):
+        model = facts(shape)
+        held = HELD["offload_attention"]
+        moved = sum(LayerAmounts(layer, QLORA, 8192).travelling(held) for layer in model.layers)
+        assert moved / 2**30 == pytest.approx(gib, rel=0.04)
+
+
+# ---------------------------------------------------------------------- beside the layers
+
+
+def test_the_head_sees_supervised_tokens_only():
+    model = facts("8b")
+    all_of_them, tenth = (other_seconds(model, replace(QLORA, supervised=n), H100) for n in (8190, 819))
+    assert tenth["head"] == pytest.approx(all_of_them["head"] / 10, rel=0.02)
+    assert tenth["optimizer"] == all_of_them["optimizer"]
+
+
+def test_few_supervised_tokens_spare_most_of_the_last_layer():
+    model = facts("8b")
+    many, few = (uniform(model, replace(QLORA, supervised=n), "keep", H100) for n in (8190, 819))
+    layer = layer_seconds(model.layers[0], QLORA, "keep", H100)
+    spared = (many.forward + many.backward - few.forward - few.backward) / layer.total
+    # all but q, k, v and attention
+    assert 0.5 < spared < 0.75
+
+
+def test_the_optimizer_moves_parameters_gradients_and_state():
+    model = facts("8b")
+    adapters = 32 * 16 * (
+        (4096 * 3 + 6144) + (4096 + 4096) + (4096 * 2 + 28672) + (14336 + 4096)
+    )  # fmt: skip
+    assert step_amounts.trained_parameters(model, QLORA) == adapters
+    # float32 read and written, its gradient read twice, two moments in float32 read and written
+    assert step_amounts.optimizer(model, QLORA).moved == pytest.approx(adapters * (8 + 8 + 16))
+    assert step_amounts.trained_parameters(model, FULL) == model.parameters
+    tower = replace(model, other_parameters=10**9)
+    assert step_amounts.trained_parameters(tower, FULL) == model.parameters
+
+
+def test_muon_adds_products_from_the_smaller_side():
+    layer = replace(facts("8b", 1).layers[0], hidden=4, inner=8, heads=2, kv_heads=1, head_dim=2)
+    model = replace(facts("8b", 1), layers=(layer,))
+    muon, adamw = (
+        step_amounts.optimizer(model, replace(FULL, optimizer=name)).products for name in ("muon", "adamw")
+    )
+
+    def iterations(short: int, long: int) -> int:
+        return 5 * (2 * short * short * long + 2 * short**3 + 2 * short * short * long)
+
+    assert adamw == 0
+    # q and o; k and v; gate and up; down
+    assert muon == 2 * iterations(4, 4) + 2 * iterations(2, 4) + 2 * iterations(4, 8) + iterations(4, 8)
+
+
+def test_weights_in_float32_are_cast_in_every_pass():
+    layer = facts("8b").layers[0]
+    narrow = LayerAmounts(layer, FULL, 4096)
+    wide = LayerAmounts(layer, replace(FULL, trained_itemsize=4), 4096)
+    for direction in ("forward", "backward"):
+        one, other = (getattr(counted, direction)(HELD["keep"]).moved for counted in (narrow, wide))
+        assert other - one == pytest.approx(layer.matrix_parameters * 6)
+
+
+def test_dropout_takes_passes_of_its_own():
+    layer = facts("8b").layers[0]
+    plain, dropped = (
+        layer_seconds(layer, replace(QLORA, dropout=drop), "keep", H100) for drop in (False, True)
+    )
+    assert dropped.forward > 1.1 * plain.forward
+    assert dropped.backward > 1.1 * plain.backward
+
+
+# ---------------------------------------------------------------------- a step
+
+
+def layer_of(forward: float, backward: float, link: float = 0.0) -> LayerSeconds:
+    return LayerSeconds(max(forward, link), max(backward, link), (forward, backward), link)
+
+
+def test_copies_of_few_layers_hide_behind_the_others():
+    """Two layers travel for 6 s each, and compute 5 forward: only the third after them could notice."""
+    travels, stays = layer_of(5.0, 10.0, 6.0), layer_of(5.0, 10.0)
+    assert seconds.forward_seconds([travels, stays, stays, travels]) == 20.0
+    assert seconds.backward_seconds([travels, stays, stays, travels]) == 40.0
+
+
+def test_copies_of_all_layers_hold_them_up():
+    layers = [layer_of(1.0, 2.0, 6.0)] * 5
+    # copies end at 7, 13, 19, 25, 31; the third, fourth and fifth layer wait for the first, second and third
+    assert seconds.forward_seconds(layers) == 19.0
+    # the last two are there; the third's copy starts with the fourth layer's backward, at 2
+    assert seconds.backward_seconds(layers) == 2 + 6 + 6 + 6 + 2
+
+
+def test_a_layer_alone_waits_for_the_longer_of_both():
+    slow = replace(H100, host_link=5e9)
+    layer = facts("8b").layers[0]
+    found = layer_seconds(layer, QLORA, "offload_attention", slow)
+    assert found.forward == found.backward == found.link
+    assert found.link == pytest.approx(302.0e6 / 5e9, rel=0.01)
+    fast = layer_seconds(layer, QLORA, "offload_attention", replace(H100, host_link=1e12))
+    assert (fast.forward, fast.backward) == fast.computing
+    # what comes back over the link is written to memory that the compute would use
+    stays = layer_seconds(layer, QLORA, "recompute_gate_up", H100)
+    assert fast.backward - stays.backward == pytest.approx(302.0e6 / H100.memory, rel=0.01)
+
+
+def test_micro_batches_repeat_all_but_the_update():
+    model = facts("8b")
+    one, four = (uniform(model, FULL, "keep", H100, micro_batches=n) for n in (1, 4))
+    assert four.forward == pytest.approx(4 * one.forward)
+    assert four.head == pytest.approx(4 * one.head)
+    assert four.host == pytest.approx(4 * one.host)
+    assert one.optimizer == other_seconds(model, FULL, H100)["optimizer"]
+    # gradients in bfloat16 are added up three times: two are read and one is written
+    added = 3 * 3 * 2 * model.parameters / (seconds.PASSES * H100.memory)
+    assert four.optimizer - one.optimizer == pytest.approx(added, rel=0.01)
+
+
+def test_small_models_wait_for_the_host_unless_they_run_from_graphs():
+    model, work = facts("135m"), replace(LORA, documents=SHORT, supervised=4088)
+    graphs, eager = (uniform(model, work, "keep", H100, graphs=graphs) for graphs in (True, False))
+    assert uniform(model, work, "keep", H100) == graphs
+    assert graphs.host == 0.0
+    assert eager.total == pytest.approx(30 * H100.host_layer + seconds.START_SECONDS)
+    assert eager.total > 4 * graphs.total
+    for other in (replace(work, dropout=True), replace(work, documents=(16_384,) * 8)):
+        assert uniform(model, other, "keep", H100).host > 0.0
+    assert uniform(model, work, "offload", H100).host > 0.0
+
+
+def test_large_models_do_not_wait_for_the_host():
+    found = uniform(facts("8b"), QLORA, "keep", H100)
+    assert found.host > 0.0
+    assert found.total == pytest.approx(found.device + found.start)
+
+
+def test_every_policy_is_one_of_a_layer():
+    with pytest.raises(ValueError, match="shorter"):
+        step_seconds(facts("8b"), QLORA, ["keep"] * 31, H100)
+
+
+def test_mixed_policies_lie_between():
+    model = facts("8b")
+    rich, lean = (uniform(model, QLORA, policy, H100).total for policy in ("keep", "recompute"))
+    mixed = step_seconds(model, QLORA, ["recompute"] * 8 + ["keep"] * 24, H100).total
+    assert mixed == pytest.approx(rich + (lean - rich) / 4, rel=1e-3)
+
+
+def test_slower_cards_are_slower():
+    model = facts("8b")
+    order = ("B200", "H100-80GB", "A100-80GB", "RTX-4090", "L4", "T4")
+    times = [uniform(model, QLORA, "keep", CARDS[name].rates()).total for name in order]
+    assert times == sorted(times)
