@@ -18,7 +18,9 @@ from tunesmith.kernels.attention import Documents
 from tunesmith.models.install import Installed, install
 from tunesmith.models.offload import IN_FLIGHT
 from tunesmith.models.projections import SPARE_ROWS
-from tunesmith.planning import layer_bytes as planned
+from tunesmith.models.tiles import ALIGNED, TILE_TOKENS
+from tunesmith.planning import layer_bytes as layer_bytes_module
+from tunesmith.planning import layer_sizes
 from tunesmith.planning.facts import LayerFacts, Work
 from tunesmith.planning.layer_bytes import layer_bytes
 from tunesmith.planning.policies import HELD
@@ -44,6 +46,7 @@ FAMILIES = {
 and k, parallel blocks, no gate."""
 KINDS = {"qlora": ("nf4", 16), "lora": ("none", 16), "wide lora": ("none", 40), "full": ("none", 0)}
 DOCUMENTS = (700, 700)
+TILED = 0.01
 
 
 @dataclass(frozen=True)
@@ -142,12 +145,27 @@ def test_the_tape_is_the_decoder(run: Run, policy: str) -> None:
     assert abs(cost.backward - backward) <= (16 if run.work.full else 4) * columns
 
 
+@pytest.mark.parametrize("policy", ["recompute_gate_up", "recompute", "offload"])
+def test_the_tape_in_tiles_is_the_decoder_in_tiles(run: Run, policy: str) -> None:
+    most = 512
+    run.installed.tile_tokens = most
+    try:
+        forward, kept, backward = seen(run, policy)
+    finally:
+        run.installed.tile_tokens = TILE_TOKENS
+    cost = layer_bytes(run.layer, replace(run.work, tile_tokens=most), policy)
+    assert cost.kept + cost.moved == kept
+    assert cost.forward == pytest.approx(forward, rel=TILED)
+    assert cost.backward == pytest.approx(backward, rel=TILED)
+
+
 def biased(layer: LayerFacts) -> bool:
     return layer.qkv_bias or layer.output_bias or layer.gate_up_bias or layer.down_bias
 
 
 def test_what_the_tape_repeats_of_other_modules() -> None:
-    assert (planned.IN_FLIGHT, planned.SPARE_ROWS) == (IN_FLIGHT, SPARE_ROWS)
+    assert (layer_bytes_module.IN_FLIGHT, layer_sizes.SPARE_ROWS) == (IN_FLIGHT, SPARE_ROWS)
+    assert (layer_sizes.TILE_ALIGNED, Work((1,), 1).tile_tokens) == (ALIGNED, TILE_TOKENS)
 
 
 def test_less_is_kept_by_every_leaner_policy() -> None:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from tunesmith.planning.facts import LayerFacts, ModelFacts, Work
 from tunesmith.planning.fit import STATE_BYTES
-from tunesmith.planning.layer_bytes import IN_FLIGHT, PARTS, SPARE_ROWS, LayerBytes, layer_bytes
+from tunesmith.planning.layer_bytes import IN_FLIGHT, LayerBytes, layer_bytes
+from tunesmith.planning.layer_sizes import SPARE_ROWS
 from tunesmith.planning.tape import rounded
 
 LIBRARIES = 96 << 20
@@ -237,7 +238,3 @@ def host_bytes(model: ModelFacts, work: Work, policies: Sequence[str]) -> int:
     )
 
 
-__all__ = [
-    "PARTS", "Fixed", "Moment", "adapter_parameters", "fixed_bytes", "head_rows", "host_bytes", "matrix_bytes",
-    "peak_bytes", "timeline",
-]  # fmt: skip

@@ -167,6 +167,8 @@ class Work:
         adapted: groups that carry an adapter, of `qkv`, `output`, `gate_up` and `down`.
         dropout: whether adapters drop.
         optimizer: a name of `planning.fit.STATE_BYTES`.
+        tile_tokens: tokens beyond which the MLP of a layer that does not keep gate and up is computed in tiles of at
+            most as many, None for never; as `models.tiles` has it.
         itemsize: bytes of the type that everything is computed in.
         trained_itemsize: bytes of a trained parameter, and of its gradient.
     """
@@ -178,6 +180,7 @@ class Work:
     adapted: tuple[str, ...] = ("qkv", "output", "gate_up", "down")
     dropout: bool = False
     optimizer: str = "adamw"
+    tile_tokens: int | None = 16_384
     itemsize: int = 2
     trained_itemsize: int = 4
 

@@ -9,9 +9,10 @@ Shape suffixes as in the decoder: T tokens, D hidden size, N columns of qkv, I i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tunesmith.planning.facts import LayerFacts, Work
+from tunesmith.planning.layer_sizes import FLOAT, Sizes
 from tunesmith.planning.policies import HELD
 from tunesmith.planning.tape import Tape, rounded
 
@@ -34,7 +35,6 @@ IN_FLIGHT = 2
 """Layers whose copies may be under way at once, as `models.offload` has it."""
 
 PARTS = {"qkv": 3, "output": 1, "gate_up": 2, "down": 1}
-_FLOAT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,84 +56,6 @@ class LayerBytes:
     gradients: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Sizes:
-    """Bytes of a layer's buffers."""
-
-    layer: LayerFacts
-    work: Work
-
-    def rows(self, columns: float) -> float:
-        """`[T, columns]` in the compute type."""
-        return self.work.tokens * columns * self.work.itemsize
-
-    def floats(self, columns: float) -> float:
-        """`[T, columns]` in float32."""
-        return self.work.tokens * columns * _FLOAT
-
-    def parts(self, group: str) -> int:
-        """Projections of a group."""
-        layer = self.layer
-        return {"qkv": layer.qkv_parts, "gate_up": layer.gate_up_parts}.get(group, 1)
-
-    def adapted(self, group: str) -> bool:
-        """Whether the group carries an adapter."""
-        return self.work.rank > 0 and group in self.work.adapted
-
-    def ranks(self, group: str) -> int:
-        """Columns of all adapters of a group side by side."""
-        return self.work.rank * self.parts(group) if self.adapted(group) else 0
-
-    def foldable(self, group: str) -> int:
-        """Those that GEMMs take along."""
-        ranks = self.ranks(group)
-        return ranks if ranks % 8 == 0 and not self.work.dropout else 0
-
-    def beside(self, group: str) -> int:
-        """Columns beside a group's input and weight that u and B take."""
-        return -(-self.foldable(group) // 64) * 64
-
-    def weight(self, group: str) -> float:
-        """A dequantised weight with room for its adapter; 0 where it lies in one piece already."""
-        if self.work.quantize == "none":
-            return 0
-        rows, columns = self.layer.matrices[group]
-        if group in ("qkv", "gate_up"):
-            rows += self.foldable(group)
-        else:
-            columns += self.beside(group)
-        return rows * columns * self.work.itemsize
-
-    def folds(self, group: str) -> bool:
-        """Whether one GEMM gives both products: 16-bit weights have room below for so many rows, and none beside."""
-        if not self.foldable(group):
-            return False
-        if self.work.quantize == "none":
-            return group in ("qkv", "gate_up") and self.foldable(group) <= SPARE_ROWS
-        return True
-
-    def operands(self) -> float:
-        """The adapters of all groups, cast for the GEMMs."""
-        total = 0
-        for group, (rows, columns) in self.layer.matrices.items():
-            if self.adapted(group):
-                total += rounded(self.ranks(group) * columns * self.work.itemsize)
-                total += rounded(rows * self.work.rank * self.work.itemsize)
-        return total
-
-    def gradients(self, group: str) -> float:
-        """Of A and B of a group's adapters, in the type of their parameters."""
-        rows, columns = self.layer.matrices[group]
-        one = self.work.trained_itemsize
-        if not self.adapted(group):
-            return 0
-        return rounded(self.ranks(group) * columns * one) + rounded(rows * self.work.rank * one)
-
-
-SPARE_ROWS = 96
-"""Rows that `models.projections.join_weights` leaves free below 16-bit weights."""
-
-
 class _Layer:
     """A layer's passes on a tape.
 
@@ -143,10 +65,12 @@ class _Layer:
 
     def __init__(self, layer: LayerFacts, work: Work, policy: str) -> None:
         self.layer, self.work, self.held = layer, work, HELD[policy]
-        self.sizes, self.tape = _Sizes(layer, work), Tape()
+        self.sizes, self.tape = Sizes(layer, work), Tape()
         self.kept = {name for stage in self.held.keep for name in STAGES[stage]}
         self.moved = {name for stage in self.held.moved & self.held.keep for name in STAGES[stage]}
-        self.again = False
+        self.again = self.shared = False
+        most = work.tile_tokens
+        self.tiled = most is not None and "gate_up" not in self.held.keep and work.tokens > most
 
     def moves(self, stage: str) -> bool:
         """Whether the stage's buffers leave for the host, in one piece."""
@@ -167,7 +91,7 @@ class _Layer:
 
     def forget(self, group: str) -> None:
         """After a forward product; in backward the weight is used once more."""
-        if not self.again:
+        if not (self.again or self.shared):
             self.tape.drop(f"weight.{group}")
 
     def project(self, group: str) -> None:
@@ -237,9 +161,12 @@ class _Layer:
         self.tape.make("operands", self.sizes.operands())
         self.attend()
         self.onto(0, "middle")
-        self.gate_up()
-        self.activate()
-        self.onto(1, "out")
+        if self.tiled:
+            self.tiles_forward()
+        else:
+            self.gate_up()
+            self.activate()
+            self.onto(1, "out")
         stages = self.held.keep
         self.kept |= {name for name, stage in SMALL.items() if stage is None or stage in stages}
         if "gate_up" in stages:
@@ -263,12 +190,11 @@ class _Layer:
         self.attend()
         if not tape.has("middle") and not layer.parallel:
             self.onto(0, "middle")
-        if not tape.has("gate_up"):
-            self.gate_up()
-        if layer.norms[3] and not tape.has("branch1"):
-            self.activate()
-            self.onto(1, "")
-        self.mlp_backward()
+        if self.tiled:
+            self.tiles_backward()
+        else:
+            self.mlp_again()
+            self.mlp_backward("grad_stream")
         self.free("middle")
         self.attention_backward()
 
@@ -280,7 +206,8 @@ class _Layer:
         """The product with a weight that gives a gradient."""
         self.read(group)
         self.tape.make(result, self.sizes.rows(columns))
-        self.tape.drop(f"weight.{group}")
+        if not self.shared:
+            self.tape.drop(f"weight.{group}")
 
     def own(self, group: str) -> None:
         """Gradients of the group's weights where they train."""
@@ -307,7 +234,7 @@ class _Layer:
         sizes, layer, tape = self.sizes, self.layer, self.tape
         rms = not layer.layer_norm
         early = not layer.norms[place] or (
-            rms and self.work.trained_itemsize >= _FLOAT and not self.work.dropout
+            rms and self.work.trained_itemsize >= FLOAT and not self.work.dropout
         )
         if early and sizes.adapted(group):
             if layer.norms[place]:
@@ -320,8 +247,8 @@ class _Layer:
             if self.work.full:
                 programs = PROGRAMS_PER_MULTIPROCESSOR * MULTIPROCESSORS
                 width = layer.hidden * (2 if layer.layer_norm else 1)
-                tape.brief(programs * width * _FLOAT)
-                tape.make(f"sum{place}", width * _FLOAT)
+                tape.brief(programs * width * FLOAT)
+                tape.make(f"sum{place}", width * FLOAT)
                 tape.make(f"own.norm{place}", width * self.work.trained_itemsize)
         else:
             tape.make(result, 0)
@@ -330,7 +257,15 @@ class _Layer:
         self.own(group)
         tape.drop("normed", f"sum{place}")
 
-    def mlp_backward(self) -> None:
+    def mlp_again(self) -> None:
+        """What backward reads of the MLP; what is there is not computed again."""
+        if not self.tape.has("gate_up"):
+            self.gate_up()
+        if self.layer.norms[3] and not self.tape.has("branch1"):
+            self.activate()
+            self.onto(1, "")
+
+    def mlp_backward(self, result: str) -> None:
         """∂ of the stream that the MLP reads."""
         tape, sizes, layer = self.tape, self.sizes, self.layer
         if layer.norms[3]:
@@ -342,7 +277,7 @@ class _Layer:
             tape.drop("grad_branch")
         if sizes.adapted("gate_up"):
             tape.make("du.gate_up", sizes.rows(sizes.ranks("gate_up")))
-            splits = glu_splits(self.work.tokens, layer.inner, self.work.rank)
+            splits = glu_splits(sizes.work.tokens, layer.inner, self.work.rank)
             if splits > 1:
                 tape.brief(splits * sizes.floats(sizes.ranks("gate_up")))
         self.a_gradient("down")
@@ -353,11 +288,56 @@ class _Layer:
         self.last_use("gate_up", "grad_normed", layer.hidden)
         if not self.work.full:
             self.free("gate_up")
-        self.through_before(2, "gate_up", "grad_stream")
+        self.through_before(2, "gate_up", result)
         self.free("gate_up")
         tape.drop("du.down", "du.gate_up")
         if layer.norms[2]:
             tape.drop("grad_normed")
+
+    # ------------------------------------------------------------------ the MLP in tiles
+
+    def tiles_forward(self) -> None:
+        """Tiles of the MLP write into one output; a second one runs beside what the first has left."""
+        tape, whole = self.tape, self.sizes
+        left = {"u.down": whole.rows(whole.ranks("down")) if whole.adapted("down") else 0}
+        if self.layer.norms[3]:
+            left["stats3"] = whole.floats(1)
+            left["branch1"] = whole.rows(self.layer.hidden) if "middle" in self.held.keep else 0
+        tape.make("out", whole.rows(self.layer.hidden))
+        self.sizes, self.shared = whole.tile(), True
+        for turn in range(2):
+            self.gate_up()
+            self.activate()
+            self.onto(1, "tile")
+            if turn == 0:
+                for name, size in left.items():
+                    tape.make(f"whole.{name}", size)
+            tape.drop("gate_up", "act", "u.gate_up", "stats2", "tile", "branch1", "u.down", "stats3")
+        self.sizes, self.shared = whole, False
+        tape.drop("weight.gate_up", "weight.down", *(f"whole.{name}" for name in left))
+        for name, size in left.items():
+            tape.make(name, size)
+
+    def tiles_backward(self) -> None:
+        """Tiles of the MLP; each one's gradients of what trains are added to those before, in float32."""
+        tape, whole, work = self.tape, self.sizes, self.work
+        tape.make("grad_stream", whole.rows(self.layer.hidden))
+        self.sizes, self.shared = whole.tile(), True
+        self.work = replace(work, trained_itemsize=FLOAT)
+        sums = ("da.down", "db.down", "da.gate_up", "db.gate_up", "own.down", "own.gate_up")
+        for turn in range(2):
+            self.mlp_again()
+            self.mlp_backward("tile")
+            tape.drop("tile", "grad_normed", "gate_up", "act")
+            if turn == 0:
+                tape.make("sums", tape.size(*sums))
+                tape.drop("u.gate_up", "stats2", *sums)
+        self.sizes, self.shared, self.work = whole, False, work
+        # the sums, rounded, beside those in float32 and the last tile's
+        tape.make("gradients", tape.size("sums") * work.trained_itemsize // FLOAT if work.full else 0)
+        tape.drop("weight.gate_up", "weight.down", "u.gate_up", "stats2", *sums)
+        if work.full:
+            tape.drop("sums")
 
     def attention_backward(self) -> None:
         """∂ of the layer's input."""
@@ -399,7 +379,7 @@ def glu_splits(tokens: int, inner: int, rank: int) -> int:
 def attention_workspace(layer: LayerFacts, work: Work) -> float:
     """Of attention's backward: dq in float32, and the products of the output and its gradient."""
     tokens = len(work.documents) * max(work.documents)
-    return tokens * layer.heads * (layer.head_dim + 1) * _FLOAT
+    return tokens * layer.heads * (layer.head_dim + 1) * FLOAT
 
 
 def layer_bytes(layer: LayerFacts, work: Work, policy: str) -> LayerBytes:
