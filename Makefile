@@ -12,7 +12,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 export PYTHON WHEELS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo demo test test-slow lint types contracts format clean
+.PHONY: help setup setup-demo setup-docs demo docs test test-slow lint types contracts format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -23,8 +23,16 @@ setup: ## make .venv with the tunesmith command and the tools; a second call tak
 setup-demo: ## setup, and the small model that the demo trains (93 MB)
 	@bash scripts/setup.sh demo
 
+setup-docs: setup ## setup, and what makes the documentation
+	@bash scripts/setup.sh docs
+
 demo: setup-demo ## fine-tune the small model on this machine, no account and no hub needed
 	@$(BIN)/tunesmith demo
+
+# A link or an anchor that leads nowhere is an error.
+docs: setup-docs ## make the documentation as a site in build/docs, which opens without network
+	@$(BIN)/sphinx-build -q -W --keep-going -b html -c docs -d build/doctrees . build/docs
+	@echo "build/docs/index.html"
 
 # One thread a process: with several test processes, torch's own threads only get in each other's way.
 test: setup ## run the fast tests

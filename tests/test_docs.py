@@ -50,14 +50,18 @@ def blocks_of(language: str) -> list[Any]:
 
 
 @cache
-def writer() -> Any:
-    path = ROOT / "scripts" / "write_reference.py"
-    spec = importlib.util.spec_from_file_location("write_reference", path)
+def loaded(path: Path) -> Any:
+    """A file of the repository that is no part of the package, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def writer() -> Any:
+    return loaded(ROOT / "scripts" / "write_reference.py")
 
 
 def test_the_reference_and_the_tree_are_current(capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,15 +180,18 @@ def test_the_readme_begins_with_the_two_commands() -> None:
 # ---------------------------------------------------------------- links and names
 
 
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
 def targets(page: Path) -> list[str]:
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    return [
-        link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith(("http://", "https://"))
-    ]
+    links = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    return [link for link in links if not link.startswith(("http://", "https://"))]
 
 
 def anchors(page: Path) -> set[str]:
-    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
     return {re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles}
 
 
@@ -206,6 +213,37 @@ def test_every_page_is_linked_from_another() -> None:
 
     lonely = [name(page) for page in PAGES if page.resolve() not in linked and page.parent not in folders]
     assert set(lonely) <= {"README.md"}
+
+
+def in_navigation(contents: str) -> list[str]:
+    """The pages that the site's navigation has, from the root of the repository, in its order."""
+    parts = loaded(ROOT / "docs" / "conf.py").parts(contents)
+    return [name((ROOT / "docs" / page).resolve()) for _, pages in parts for page in pages]
+
+
+def test_the_navigation_has_every_page_once() -> None:
+    contents = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {name(page) for page in (ROOT / "docs").rglob("*.md")} - {"docs/README.md"}
+    beside = {
+        "README.md",
+        "ARCHITECTURE.md",
+        "CONTRIBUTING.md",
+        "benchmarks/RESULTS.md",
+        "examples/data/README.md",
+    }
+
+    listed = in_navigation(contents)
+    assert sorted(listed) == sorted(pages | beside)
+    assert "docs/quickstart.md" not in in_navigation(contents.replace("- [Quickstart]", "* [Quickstart]"))
+
+
+def test_the_navigation_becomes_directives() -> None:
+    contents = "# Title\n\n## Part one\n\n- [A](a.md): a\n- [B](x/b.md)\n\n## Part two\n\n- [C](../c.md)\n"
+
+    assert loaded(ROOT / "docs" / "conf.py").navigation(contents).split() == [
+        "```{toctree}", ":hidden:", ":caption:", "Part", "one", "a.md", "x/b.md", "```",
+        "```{toctree}", ":hidden:", ":caption:", "Part", "two", "../c.md", "```",
+    ]  # fmt: skip
 
 
 def test_every_event_field_is_explained() -> None:

@@ -246,14 +246,14 @@ def test_the_model_of_the_demo_is_the_default_where_it_is(folder: Path, answer: 
 def test_wrong_answers_are_asked_again(folder: Path, tiny_model_dir: Path, answer: Any, capsys: Any) -> None:
     (folder / "odd.jsonl").write_text('{"frage": "wie viele", "antwort": "vier"}\n' * 30, encoding="utf-8")
     asked = answer(
-        "./absent", "nope.jsonl", "odd.jsonl", "farge", "antwort", "frage", "antwort", "lroa", "lora", "nf4", "",
+        "./absent", "od.jsonl", "odd.jsonl", "farge", "antwort", "frage", "antwort", "lroa", "lora", "nf4", "",
         str(tiny_model_dir),
     )  # fmt: skip
     succeed("init")
     out = capsys.readouterr().out
 
     assert len(asked) == 12
-    for said in ("There is no file", "No format matches", "takes 'prompt' from 'farge'", "'lroa' is none of",
+    for said in ("There is no file", "The nearest name there is odd.jsonl.", "No format matches", "takes 'prompt' from 'farge'", "'lroa' is none of",
                  "there is no folder absent"):  # fmt: skip
         assert said in out
     settings = load_settings("run.yaml")

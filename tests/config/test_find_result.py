@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.config.find_result import base_of_adapter, find_result
+from tunesmith.config.find_result import base_of_adapter, find_result, scaling_of_run
 from tunesmith.contracts.errors import UserError
 
 
@@ -87,3 +87,21 @@ def test_an_adapter_without_a_base(tmp_path: Path, config: str, message: str) ->
         json.dumps({"base_model_name_or_path": "x", "revision": "y"})
     )
     assert base_of_adapter(tmp_path) == ("x", "y")
+
+
+def test_positions_that_a_run_stretched(tmp_path: Path) -> None:
+    _file(tmp_path / "adapter_config.json")
+    assert scaling_of_run(tmp_path) is None
+    _file(tmp_path / "run.yaml", "model: {rope_scaling: {rope_type: yarn, factor: 4.0, beta_fast: null}}\n")
+    assert find_result(str(tmp_path)).rope_scaling == {"rope_type": "yarn", "factor": 4.0}
+    assert scaling_of_run(tmp_path) == {"rope_type": "yarn", "factor": 4.0}
+    _file(tmp_path / "run.yaml", "model: {rope_scaling: null}\n")
+    assert find_result(str(tmp_path)).rope_scaling is None
+
+
+@pytest.mark.parametrize("scaling", ["2.0", "{rope_type: yarm, factor: 2.0}", "{rope_type: yarn}"])
+def test_positions_that_nobody_knows(tmp_path: Path, scaling: str) -> None:
+    _file(tmp_path / "config.json")
+    _file(tmp_path / "run.yaml", f"model: {{rope_scaling: {scaling}}}\n")
+    with pytest.raises(UserError, match="is not the run file of a result"):
+        find_result(str(tmp_path))

@@ -155,7 +155,7 @@ def test_preference_data_is_refused_with_what_can_be_done(tmp_path: Path) -> Non
 
 def test_the_likely_data_of_a_folder(tmp_path: Path) -> None:
     assert likely_data(tmp_path) is None
-    for name in ("notes.txt", "package.json", "a.csv", "b-train.jsonl", "run.yaml"):
+    for name in ("notes.txt", "constraints.txt", "package.json", "a.csv", "b-train.jsonl", "run.yaml"):
         (tmp_path / name).write_text("x", encoding="utf-8")
 
     assert likely_data(tmp_path) == tmp_path / "b-train.jsonl"

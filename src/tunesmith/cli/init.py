@@ -94,8 +94,10 @@ def _measure(wishes: Wishes, look: Look, console: Console, *, again: bool) -> tu
             wishes = replace(wishes, model=_question(_MODEL_QUESTION, _default_model()))
 
 
-def _complain(error: UserError, console: Console) -> None:
-    console.print(f"  {error.message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+def _complain(error: UserError, console: Console, *, hint: bool = False) -> None:
+    """Say what is wrong with an answer; most hints speak of flags, which is not what is asked for here."""
+    said = [error.message, error.hint] if hint and error.hint else [error.message]
+    console.print(f"  {' '.join(said)}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _wishes(flags: Flags) -> Wishes:
@@ -190,7 +192,7 @@ def _ask_data(
             about_columns = asked or "--column" in (error.hint or "")
             if flags.data is not None and not about_columns:
                 raise
-            _complain(error, console)
+            _complain(error, console, hint=not about_columns)
             if about_columns:
                 columns, asked = _ask_columns(), True
             else:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunesmith.config.yaml_source import parse_yaml
 from tunesmith.contracts.errors import UserError
+from tunesmith.settings.rope import RopeScaling, scaling_problems
 
 _HELD = ("none", "nf4", "int8")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -31,6 +33,7 @@ class FoundResult:
         quantize: how the run held the base, as `model.quantize` has it; `none` where no run file says.
         dtype: the run's compute type, as `model.dtype` has it.
         date: the day that the run's chat template wrote; None where no run file says.
+        rope_scaling: how the run stretched the base's positions, as transformers has it; None where it did not.
     """
 
     name: str
@@ -39,6 +42,7 @@ class FoundResult:
     quantize: str = "none"
     dtype: str = "auto"
     date: str | None = None
+    rope_scaling: Mapping[str, Any] | None = None
 
 
 def find_result(name: str) -> FoundResult:
@@ -109,13 +113,42 @@ def _of_run(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error}.") from error
     model, data = (_section(document.data, name) for name in ("model", "data"))
     found = {"quantize": model.get("quantize", "none"), "dtype": model.get("dtype", "auto")}
+    refusal = UserError(
+        f"{path} is not the run file of a result.",
+        hint="Delete it if it does not belong there; it says how the base model is held.",
+    )
     for key, known in (("quantize", _HELD), ("dtype", _DTYPES)):
         if document.problems or found[key] not in known:
-            raise UserError(
-                f"{path} is not the run file of a result.",
-                hint="Delete it if it does not belong there; it says how the base model is held.",
-            )
-    return found | {"date": data.get("date")}
+            raise refusal
+    try:
+        scaling = _scaling(model.get("rope_scaling"))
+    except ValueError:
+        raise refusal from None
+    return found | {"date": data.get("date"), "rope_scaling": scaling}
+
+
+def _scaling(given: Any) -> dict[str, Any] | None:
+    """A scaling of positions out of a run file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if given is None:
+        return None
+    scaling = RopeScaling.model_validate(given).parameters()
+    if any(scaling_problems(scaling)):
+        raise ValueError(given)
+    return scaling
+
+
+def scaling_of_run(folder: Path) -> Mapping[str, Any] | None:
+    """How the run that left this folder stretched its model's positions; None where it did not, or nothing says.
+
+    Raises:
+        UserError: its run file is damaged.
+    """
+    scaling: Mapping[str, Any] | None = _of_run(folder).get("rope_scaling")
+    return scaling
 
 
 def _section(data: Any, name: str) -> dict[str, Any]:

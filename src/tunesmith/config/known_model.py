@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.contracts.errors import UserError
+from tunesmith.contracts.model_folder import local_folder
 
 
 def known_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -22,8 +23,6 @@ def known_config(name: str, *, revision: str | None = None, trust_remote_code: b
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
     from transformers import AutoConfig
-
-    from tunesmith.models.loader import local_folder
 
     where = local_folder(name)
     if where is None:

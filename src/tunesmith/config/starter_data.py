@@ -90,7 +90,8 @@ class Lengths:
 def likely_data(folder: Path) -> Path | None:
     """The first file in a folder that could be training data; None where there is none."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and suffix_of(file) in READERS)
-    named = [file for file in files if "train" in file.name.lower()]
+    # The word and not a part of one, as in constraints.txt.
+    named = [file for file in files if re.search(r"(?<![a-z])train", file.name.lower())]
     rows = [file for file in files if suffix_of(file) not in (".txt", ".json")]  # mostly notes and settings
     return next(iter((*named, *rows)), None)
 
@@ -229,7 +230,8 @@ def measure(look: Look, model: str, progress: Callable[[str], None] = lambda _: 
     """
     progress("loading the tokenizer")
     from tunesmith.config.known_model import known_config
-    from tunesmith.models.loader import load_tokenizer, local_folder
+    from tunesmith.contracts.model_folder import local_folder
+    from tunesmith.models.loader import load_tokenizer
     from tunesmith.training.quiet import quiet_libraries
 
     quiet_libraries()
