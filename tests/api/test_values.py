@@ -26,6 +26,15 @@ from tunesmith.api.values import names
         ({"max_seq_length": True}, "max_seq_length is True"),
         ({"rope_scaling": 2.0}, "rope_scaling is 2.0, and has to be a dict"),
         ({"rope_scaling": {"factor": 2.0}}, r"does not say how.\nAdd .rope_type., one of .*linear.*yarn"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling: yarn without factor.\nIt needs factor"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": "2"}},
+            "rope_scaling: factor is '2': Input should be a valid number",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "linear", "faktor": 2.0}},
+            "there is no parameter 'faktor'.\nlinear has factor",
+        ),
         ({"rope_scaling": {"type": "liner"}}, r"no rope_type 'liner'.\nDid you mean 'linear'"),
         ({"revision": "main"}, "revision='main' is for models on the hub"),
     ],

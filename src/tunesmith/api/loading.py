@@ -16,6 +16,7 @@ from tunesmith.api.prepared import equip, note_length, put_on
 from tunesmith.api.silence import without_bars
 from tunesmith.api.values import LOADED, check_rope, check_source, check_values
 from tunesmith.api.wording import in_arguments
+from tunesmith.config.find_result import scaling_of_run
 from tunesmith.contracts.errors import UserError
 from tunesmith.data.cache import cache_folder
 from tunesmith.models.adapter import load_lora, train_all
@@ -57,7 +58,7 @@ def from_pretrained(
         token: for the hub, in place of the login.
         device_map: the device; one device trains, by default the first GPU, else the CPU.
         rope_scaling: `{"rope_type": "linear", "factor": 2.0}` and the like, for rows that are longer than the model
-            was made for.
+            was made for; by default that of the run which left an adapter.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run Python code that the model's repository ships.
         attn_implementation: attention of transformers where batches are not packed.
@@ -120,6 +121,8 @@ def _load(
     """
     adapter = find_adapter(name, revision=revision, token=access["token"])
     base, base_revision = (name, revision) if adapter is None else (adapter.base, adapter.revision)
+    if adapter is not None and not options["rope_scaling"]:
+        options = options | {"rope_scaling": scaling_of_run(adapter.folder)}
     if adapter is not None and held == "full":
         raise UserError(
             f"model_name: {name} is an adapter, whose base stays frozen.", hint="Leave out full_finetuning."

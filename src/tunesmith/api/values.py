@@ -12,7 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from tunesmith.contracts.errors import UserError
+from tunesmith.settings.rope import KINDS, RopeScaling, scaling_problems
 
 
 class Values(NamedTuple):
@@ -122,16 +125,14 @@ def check_source(name: str, revision: str | None) -> None:
 
 
 def check_rope(scaling: Mapping[str, Any] | None) -> None:
-    """Refuse a scaling of rotary positions without a kind, which transformers passes over, or of an unknown one.
+    """Refuse a scaling of rotary positions without a kind, of an unknown one, or without what its kind needs.
 
     Raises:
-        UserError: with the kinds that there are.
+        UserError: with what there is, or what is missing.
     """
     if not scaling:
         return
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    kinds = sorted(ROPE_INIT_FUNCTIONS)
+    kinds = sorted(KINDS)
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind is None:
         raise UserError(
@@ -144,6 +145,20 @@ def check_rope(scaling: Mapping[str, Any] | None) -> None:
             f"rope_scaling: there is no rope_type {kind!r}.",
             hint=f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(kinds)}.",
         )
+    given = {name: value for name, value in scaling.items() if name != "type"} | {"rope_type": kind}
+    try:
+        problems = scaling_problems(RopeScaling.model_validate(given).parameters())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = first["loc"][0]
+        if first["type"] == "extra_forbidden":
+            raise UserError(
+                f"rope_scaling: there is no parameter {place!r}.",
+                hint=f"{kind} has {', '.join((*KINDS[kind].needs, *KINDS[kind].takes))}.",
+            ) from None
+        raise UserError(f"rope_scaling: {place} is {given[str(place)]!r}: {first['msg']}.") from None
+    for _, found, expected in problems:
+        raise UserError(f"rope_scaling: {found}.", hint=f"{expected[0].upper()}{expected[1:]}.")
 
 
 def names(given: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ ARGUMENTS = {
     "model.trust_remote_code: true": "trust_remote_code=True",
     "model.name": "model_name",
     "model.revision": "revision",
+    "model.rope_scaling": "rope_scaling",
     "adapter.path": "model_name",
     "adapter.targets": "target_modules",
     "adapter.init_lora_weights": "init_lora_weights",

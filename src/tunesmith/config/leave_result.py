@@ -87,6 +87,7 @@ def _save(run: Run, folder: Path, outcome: Outcome) -> Path:
         last_eval=outcome.last_eval,
         hyperparameters={name: getattr(train, name) for name in shown},
         versions=versions(),
+        positions=_positions(run),
     )
     with run.backend.for_measuring():
         return save_result(
@@ -98,3 +99,11 @@ def _save(run: Run, folder: Path, outcome: Outcome) -> Path:
             facts=facts,
             files={"run.yaml": resolved_yaml(settings)},
         )
+
+
+def _positions(run: Run) -> dict[str, object] | None:
+    """What of the model's config has its positions stretched; None where the run did not stretch them."""
+    if run.settings.model.rope_scaling is None:
+        return None
+    text = run.causal.base.config.get_text_config()
+    return {name: getattr(text, name) for name in ("rope_parameters", "max_position_embeddings")}

@@ -158,6 +158,9 @@ def load_parts(
             quantize=found.quantize,
             revision=place.revision,
             trust_remote_code=trust_remote_code,
+            rope_scaling=found.rope_scaling
+            if place.adapter is not None
+            else None,  # a model's config has its own
         )
     if place.adapter is not None:
         with about(None, found):

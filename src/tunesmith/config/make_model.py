@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from tunesmith.config.find_result import scaling_of_run
 from tunesmith.models.adapter import add_lora, load_lora, train_all
 from tunesmith.models.loader import load_model, load_skeleton
+from tunesmith.models.loading_progress import Tell
+from tunesmith.models.rope_scaling import can_stretch, made_for
 from tunesmith.models.vocabulary import resize, trainable_rows
 from tunesmith.planning.fit import ROUNDING, fits_in_float32
 from tunesmith.settings.run import RunSettings
@@ -48,9 +53,20 @@ def weights_dtype(settings: RunSettings, dtype: torch.dtype, device_bytes: int) 
     return torch.float32 if fits else torch.bfloat16
 
 
-def make_model(settings: RunSettings, device: torch.device, dtype: torch.dtype, tokens: NewTokens) -> Any:
-    """The model with what is trained on it."""
+def make_model(
+    settings: RunSettings,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: NewTokens,
+    tell: Tell | None = None,
+) -> Any:
+    """The model with what is trained on it.
+
+    Args:
+        tell: gets a line about the weights that are loaded, again and again.
+    """
     model_settings, adapter = settings.model, settings.adapter
+    scaling = model_settings.rope_scaling
     held = dtype
     if adapter.kind == "none":
         # float32 starts from the checkpoint's own values, not from values rounded to the compute type
@@ -63,6 +79,8 @@ def make_model(settings: RunSettings, device: torch.device, dtype: torch.dtype, 
         quantize=model_settings.quantize,
         revision=model_settings.revision,
         trust_remote_code=model_settings.trust_remote_code,
+        rope_scaling=scaling.parameters() if scaling is not None else None,
+        tell=tell,
     )
     resize(model, tokens.tokenizer, tokens.ids)
     if adapter.kind == "none":
@@ -90,3 +108,40 @@ def make_model(settings: RunSettings, device: torch.device, dtype: torch.dtype, 
         alpha_pattern=adapter.alpha_pattern,
         trainable_token_indices=trainable_rows(model, tokens.ids, adapter.modules_to_save),
     )
+
+
+def position_warnings(settings: RunSettings, config: Any) -> tuple[str, ...]:
+    """What is to be said of rows longer than the model was made for, and of an adapter whose positions were others.
+
+    Args:
+        config: the model's, with the scaling of the run.
+    """
+    found = []
+    longest, length = settings.train.sequence_length, made_for(config)
+    if length is not None and longest > length:
+        scaling = settings.model.rope_scaling
+        if scaling is not None:
+            enough = math.ceil(10 * (scaling.factor or 1.0) * longest / length) / 10
+            mend = f"raise its factor to {enough}" if scaling.factor else "give it a factor"
+            reach = f"model.rope_scaling reaches {length:,} positions"
+        else:
+            factor = math.ceil(longest / length)
+            mend = f"set model.rope_scaling, such as {{rope_type: yarn, factor: {factor}.0}}"
+            reach = f"the model was made for {length:,} positions"
+        if not can_stretch(config):
+            mend = "lower train.sequence_length"
+        found.append(
+            f"train.sequence_length is {longest:,}, and {reach}. For documents longer than that, {mend}."
+        )
+    if settings.adapter.path is not None:
+        own = settings.model.rope_scaling
+        before, now = (
+            scaling_of_run(Path(settings.adapter.path).expanduser()),
+            own.parameters() if own else None,
+        )
+        if before != now and before is not None:
+            found.append(
+                f"the adapter in {settings.adapter.path} was trained with model.rope_scaling {before}, and this run "
+                f"has {now or 'none'}: its positions change."
+            )
+    return tuple(found)

@@ -89,7 +89,10 @@ def merge_result(
     found = fetched(found)
     place = place_of(found)
     if place.adapter is None:
-        raise UserError(f"{found.name} is a model without an adapter: there is nothing to merge.")
+        raise UserError(
+            f"There is nothing to merge: {found.name} is no folder with an adapter here, and no adapter on the hub.",
+            hint="Give the run directory; `tunesmith runs` lists those that are there.",
+        )
     target = directory if directory is not None else _beside(found)
     _check_target(target)
     device = choose_device()
@@ -210,6 +213,7 @@ class _Work:
                     dtype=compute_dtype(self.found, self.device),
                     device=self.device,
                     trust_remote_code=self.trust,
+                    rope_scaling=self.found.rope_scaling,
                 )
         except NotStreamableError as reason:
             self.say(f"note: the base is loaded whole, because {reason}")

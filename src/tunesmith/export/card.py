@@ -24,6 +24,7 @@ class Facts:
         last_eval: held-out loss afterwards.
         hyperparameters: name to value, as the run file gives them.
         versions: package to version.
+        positions: names and values of the config that stretch rotary positions; None where the run did not.
     """
 
     base_model: str
@@ -38,6 +39,7 @@ class Facts:
     last_eval: float | None
     hyperparameters: Mapping[str, object]
     versions: Mapping[str, str]
+    positions: Mapping[str, object] | None = None
 
 
 _HELD = {"nf4": "4-bit (NF4)", "int8": "8-bit"}
@@ -47,6 +49,16 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
+
+_LOAD_STRETCHED = """\
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+config = AutoConfig.from_pretrained({base!r}, revision={revision!r})
+{changes}
+model = AutoModelForCausalLM.from_pretrained({base!r}, revision={revision!r}, config=config)
+model = PeftModel.from_pretrained(model, "FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
 
 _LOAD_MODEL = """\
@@ -100,6 +112,28 @@ def model_card(facts: Facts) -> str:
     ]
     lines += [*_table(facts.hyperparameters, "setting", "value"), ""]
     lines += ["`run.yaml` beside this file repeats the run: `tunesmith train run.yaml`.", ""]
-    lines += ["## Use", "", "```python", _LOAD_ADAPTER if facts.adapter else _LOAD_MODEL, "```", ""]
+    lines += ["## Use", "", *_note(facts), "```python", _loading(facts), "```", ""]
     lines += ["## Versions", "", *_table(facts.versions, "package", "version"), ""]
     return "\n".join(lines)
+
+
+def _note(facts: Facts) -> list[str]:
+    if facts.positions is None or not facts.adapter:
+        return []
+    return [
+        "It was trained with rotary positions stretched beyond the base's own (`model.rope_scaling` in `run.yaml`). "
+        "An adapter cannot carry that, so the base's config has to say it, as below; `tunesmith chat` and "
+        "`tunesmith merge` see to it, and a merged model's config says it.",
+        "",
+    ]
+
+
+def _loading(facts: Facts) -> str:
+    """The lines that load the result."""
+    if not facts.adapter:
+        return _LOAD_MODEL
+    if facts.positions is None:
+        return _LOAD_ADAPTER
+    changes = [f"config.get_text_config().{name} = {value!r}" for name, value in facts.positions.items()]
+    base, revision = facts.base_model, facts.base_revision or "main"
+    return _LOAD_STRETCHED.format(base=base, revision=revision, changes="\n".join(changes))

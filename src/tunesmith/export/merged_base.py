@@ -8,6 +8,7 @@ was trained on, one weight at a time. Some bases cannot be read so; `streamed` s
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +91,7 @@ def streamed(
     dtype: torch.dtype,
     device: torch.device,
     trust_remote_code: bool = False,
+    rope_scaling: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Read]:
     """A `PeftModel` whose base lies in files, and what reads a value of it.
 
@@ -99,6 +101,7 @@ def streamed(
         quantize: how the run held the base.
         dtype: type from which its weights were rounded, where it was held in 4 or 8 bits.
         device: where they are rounded again.
+        rope_scaling: how the run stretched the base's positions, for the config.
 
     Raises:
         NotStreamableError: this base has to be loaded.
@@ -106,7 +109,9 @@ def streamed(
     """
     _check_start(adapter)
     files = WeightFiles(weights_folder(base, revision))
-    model = load_skeleton(base, revision=revision, trust_remote_code=trust_remote_code)
+    model = load_skeleton(
+        base, revision=revision, trust_remote_code=trust_remote_code, rope_scaling=rope_scaling
+    )
     if getattr(model.config, "quantization_config", None) is not None:
         raise NotStreamableError("its files are quantised")
     rounded = _rounded_layers(model, quantize)

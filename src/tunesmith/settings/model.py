@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from tunesmith.settings.base import Section
+from tunesmith.settings.rope import RopeScaling
 
 Patterns = Annotated[tuple[str, ...], Field(strict=False)]
 """A YAML list of names or glob patterns."""
@@ -46,6 +47,9 @@ class ModelSettings(Section):
     attention: Literal["auto", "sdpa", "varlen"] = "auto"
     """Attention over packed documents: torch's variable-length FlashAttention (`varlen`, GPU with
     bfloat16 or float16), one exact SDPA call per document (`sdpa`), or the first that fits (`auto`)."""
+    rope_scaling: RopeScaling | None = None
+    """Stretch the rotary positions for rows longer than the model was made for, such as
+    `{rope_type: yarn, factor: 4.0}`. In place of a scaling that the model has."""
     freeze: Patterns = ()
     """Glob patterns of parameter names that stay frozen in full fine-tuning, such as `model.embed_tokens.*`
     or `model.layers.[0-5].*`."""
