@@ -26,8 +26,8 @@ HEAVY = {
     "jinja2",
     "huggingface_hub",
 }
-LONGER: dict[str, int] = {}
-"""Commands with more options than a screen has lines, and the lines that they take."""
+LONGER = {"": 25}
+"""Those with more to list than a screen has lines, and the lines that they take: the program has many commands."""
 
 
 def commands() -> dict[str, Any]:

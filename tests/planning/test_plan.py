@@ -135,7 +135,7 @@ def test_what_does_not_fit_names_settings_under_which_it_does():
 def test_fixed_settings_that_are_in_the_way_are_left_to_the_plan_first():
     plan = make_plan(EIGHT, asked("RTX-4090", length=16_384, policy="keep_all", micro_batch=4, host_bytes=0))
     assert plan.nearest[0].settings == ("memory.policy=auto", "train.micro_batch=auto")
-    plan = make_plan(EIGHT, asked("RTX-4090", policy="keep_all", micro_batch=1))
+    plan = make_plan(EIGHT, asked("RTX-4090", length=8192, policy="keep_all", micro_batch=1))
     assert plan.nearest[0].settings == ("memory.policy=auto",)
 
 

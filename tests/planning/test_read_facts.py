@@ -19,6 +19,7 @@ from tunesmith.planning.family_defaults import DEFAULTS
 from tunesmith.planning.read_facts import read_facts
 
 META = torch.device("meta")
+THIRD = ["full_attention", "full_attention", "sliding_attention"] * 3
 HEADS = {"ministral": {"head_dim": 128}}
 """What transformers cannot do without."""
 
@@ -101,11 +102,13 @@ def test_defaults_are_those_of_transformers(family):
         {},
         {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 3},
         {"sliding_window_pattern": 3},
+        {"sliding_window": 7, "use_sliding_window": True, "layer_types": THIRD},
     ],
-    ids=["bare", "windows", "pattern"],
+    ids=["bare", "windows", "pattern", "listed"],
 )
-def test_windows_that_a_config_does_not_list(family, changes):
-    """Which layers look at the last keys only follows from the family, or from an old name for its pattern."""
+def test_windows_are_those_of_the_model(family, changes):
+    """Which layers look at the last keys only follows from the family, an old name for its pattern, or a list
+    that some families do not read."""
     given = {
         "model_type": family,
         "num_hidden_layers": 9,
@@ -238,6 +241,30 @@ def test_other_families_are_read_as_well_as_can_be(family):
         assert facts.parameters == exact
     assert facts.parameters == pytest.approx(exact, rel=0.02)
     assert "not among the families with fused layers" in facts.unfused
+
+
+def test_names_that_older_families_use():
+    given = {
+        "model_type": "gpt2",
+        "n_embd": 96,
+        "n_layer": 3,
+        "n_head": 4,
+        "vocab_size": 50,
+        "n_positions": 70,
+    }
+    facts = read_facts(given, "gpt2")
+    exact = elements(built(AutoConfig.for_model(**given)))
+
+    assert (facts.longest, facts.tied, facts.layers[0].gated) == (70, True, False)
+    assert facts.parameters == exact - 70 * 96  # all but its table of positions
+
+
+def test_older_configs_of_qwens_mixture_do_not_say_that_it_has_biases():
+    given = written(AutoConfig.for_model("qwen2_moe", **TINY | OTHERS["qwen2_moe"]))
+    said = read_facts(given, "moe").parameters
+
+    assert given.pop("qkv_bias")
+    assert read_facts(given, "moe").parameters == said
 
 
 def test_a_token_meets_the_experts_it_is_sent_to():

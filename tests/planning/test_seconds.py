@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -30,6 +31,7 @@ FULL = Work(
 H100, H200 = CARDS["H100-80GB"].rates(), CARDS["H200"].rates()
 
 
+@functools.cache
 def facts(shape: str, layers: int | None = None) -> ModelFacts:
     model = read_facts({"model_type": "llama"} | SHAPES[shape], shape)
     return replace(model, layers=model.layers[:layers])

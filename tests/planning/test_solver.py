@@ -50,6 +50,7 @@ def truly(facts: ModelFacts, asked: PlanRequest, found: Solution) -> int:
 
 MODELS = {
     "alike": model(*[LAYER] * 5),
+    "small head": replace(model(*[LAYER] * 5), vocabulary=64),
     "windows": model(*[WINDOWED, LAYER] * 2, LAYER),
 }
 WORKS = {
@@ -68,9 +69,7 @@ def test_a_frame_says_what_the_timeline_and_the_seconds_say(kind, work, rows):
         asked = replace(asked, work=replace(asked.work, supervised=1000))
     frame = Frame(facts, asked, rows, RATES)
     layouts = [(name,) * 5 for name in HELD]
-    layouts += [
-        tuple(itertools.islice(itertools.cycle(HELD), start, start + 5)) for start in range(len(HELD))
-    ]
+    layouts += [tuple(itertools.islice(itertools.cycle(ON_DEVICE), start, start + 5)) for start in range(5)]
     for policies in layouts:
         accumulates = rows < 2
         assert frame.peak(policies) == peak_bytes(facts, frame.work, policies, accumulates=accumulates)
@@ -84,13 +83,13 @@ def test_a_frame_says_what_the_timeline_and_the_seconds_say(kind, work, rows):
 @pytest.mark.parametrize("work", WORKS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_no_layout_without_the_host_is_faster_than_the_solution(kind, work):
-    """All 5^5 layouts, at budgets between the leanest and the richest."""
+    """All 5^5 layouts, at 41 budgets between the leanest and the richest."""
     facts, asked = MODELS[kind], request(work=WORKS[work], host_bytes=0)
     frame = Frame(facts, asked, 1, RATES)
     every = [(frame.peak(p), frame.step_seconds(p)) for p in itertools.product(ON_DEVICE, repeat=5)]
     low, high = min(peak for peak, _ in every), max(peak for peak, _ in every)
-    for tenth in range(11):
-        budget = low + (high - low) * tenth // 10
+    for part in range(41):
+        budget = low + (high - low) * part // 40
         found = solve(facts, asked, RATES, budget)
         assert found.fits
         best = min(seconds for peak, seconds in every if peak <= budget)
@@ -135,7 +134,8 @@ def test_what_the_prefix_takes_is_added_to_the_rest():
         apart = prefix.seconds + sum(way.seconds for way in ways[prefix.count :])
         assert apart == pytest.approx(forward_seconds(timed) + backward_seconds(timed), rel=1e-12)
         assert prefix.seconds > prefix.least_seconds, "it waits for the link, or nothing is tested"
-        assert prefix.kept == sum(way.kept for way in ways[: prefix.count])
+        leaving = [way.moved for way in ways[prefix.count - 2 : prefix.count]]
+        assert prefix.kept == sum(way.kept for way in ways[: prefix.count]) + sum(leaving)
         assert prefix.host == frame.host([*prefix.policies, *rest])
 
 
@@ -154,7 +154,10 @@ def test_budgets_are_kept_to_and_more_memory_is_never_slower(share, more, rows, 
     low, high = spread(facts, asked)
     budget = int(low + share * (high - low) * rows)
     found = solve(facts, asked, RATES, budget)
-    assert found.peak == truly(facts, asked, found)
+    true = truly(facts, asked, found)
+    assert found.peak >= true
+    if len(set(found.policies)) == 1 or not found.host:
+        assert found.peak == true
     assert found == replace(solve(facts, asked, RATES, budget), frame=found.frame)
     if not found.fits:
         return
@@ -163,6 +166,24 @@ def test_budgets_are_kept_to_and_more_memory_is_never_slower(share, more, rows, 
     larger = solve(facts, asked, RATES, int(budget + more * (high - low) * rows))
     assert larger.fits
     assert larger.seconds <= found.seconds * (1 + 1e-9)
+
+
+def test_the_last_layers_that_move_are_there_until_they_are_wanted():
+    """Nothing pushes them out any more (`models.offload`)."""
+    facts, asked = model(*[LAYER] * 6), request()
+    frame = Frame(facts, asked, 1, RATES)
+    ways = frame.ways[0]
+    moved, kept = ways["offload_attention"].moved, ways["offload_attention"].kept
+    policies = (*["offload_attention"] * 3, *["keep"] * 3)
+    held = {moment.label: moment.activations for moment in frame.moments(policies)}
+    assert held["forward 2"] == 2 * kept + 2 * moved
+    assert held["forward 5"] == 3 * kept + 2 * moved + 2 * ways["keep"].kept
+    assert held["head"] == held["backward 5"] == 3 * kept + 2 * moved + 3 * ways["keep"].kept
+    assert held["backward 3"] == 3 * kept + 2 * moved + ways["keep"].kept
+    assert held["backward 2"] == 3 * kept + 2 * moved
+    assert held["backward 1"] == 2 * kept + 2 * moved
+    assert held["backward 0"] == kept + moved
+    assert frame.peak(policies) >= peak_bytes(facts, frame.work, policies, accumulates=False)
 
 
 def test_lean_layers_come_first_and_those_that_move_before_them():

@@ -113,6 +113,25 @@ def train(run_file: RunFile, overrides: Overrides = None, quiet: Quiet = False, 
     execute(load_settings(run_file, overrides or []), open_console(plain=plain), quiet=quiet)
 
 
+@app.command(epilog="Example: tunesmith plan run.yaml --gpu RTX-4090 --picture plan.html")
+def plan(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    gpu: Annotated[str | None, typer.Option(help="A card such as RTX-4090; this machine's.")] = None,
+    picture: Annotated[str | None, typer.Option(help="Draw the memory: FILE.png or .html.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say whether a run fits a card, and how fast it would be.
+
+    Exit 0: it fits; 1: it does not.
+    """
+    from tunesmith.cli.plan import plan_and_print
+    from tunesmith.config.terminal import open_console
+
+    fits = plan_and_print(run_file, overrides or [], open_console(), gpu=gpu, as_json=json, picture=picture)
+    raise typer.Exit(0 if fits else 1)
+
+
 @app.command(epilog="Example: tunesmith inspect run.yaml --row 3")
 def inspect(
     run_file: RunFile,

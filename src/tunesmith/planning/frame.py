@@ -167,20 +167,30 @@ class Frame:
         return max(self.fixed.gradients, *(moment.bytes for moment in self.moments(policies)))
 
     def moments(self, policies: Sequence[str]) -> list[Moment]:
-        """What is alive at the peak of each stretch of a micro-batch, as `bytes.timeline` has it for fused layers."""
+        """What is alive at the peak of each stretch of a micro-batch, as `bytes.timeline` has it for fused layers.
+
+        The last layers that move stay on the device until they are wanted, as nothing pushes them out any more.
+        """
         ways = self.of(policies)
-        moved = [*(0 for _ in range(IN_FLIGHT)), *(way.moved for way in ways)]
+        moving = [number for number, way in enumerate(ways) if way.moved]
         held = [0, *accumulate(way.kept for way in ways)]
+        there = set(moving[-IN_FLIGHT:])
         found = []
         for bare in self._bare:
             what, place = _place(bare)
-            if place is None:
-                activations, own = held[-1] + sum(moved[-IN_FLIGHT:]) if bare.activations else 0, 0
-            elif what == "forward":
-                activations, own = held[place] + sum(moved[place : place + IN_FLIGHT]), ways[place].forward
+            own = 0 if place is None else getattr(ways[place], what)
+            if what == "forward" and place is not None:
+                leaving = [number for number in moving if number < place][-IN_FLIGHT:]
+                activations = held[place] + sum(ways[number].moved for number in leaving)
+            elif place is not None:
+                if ways[place].moved:  # it comes back, and so does the one that left before it
+                    there |= set([number for number in moving if number <= place][-2:])
+                activations = held[place + 1] + sum(ways[number].moved for number in there)
+                there.discard(place)
             else:
-                coming = moved[place + IN_FLIGHT] + moved[place + IN_FLIGHT - 1]
-                activations, own = held[place + 1] + coming, ways[place].backward
+                activations = (
+                    held[-1] + sum(ways[number].moved for number in there) if bare.activations else 0
+                )
             found.append(replace(bare, activations=activations, passing=bare.passing + own))
         return found
 
@@ -255,8 +265,8 @@ class Prefix:
 
     @cached_property
     def kept(self) -> int:
-        """Bytes that stay on the device."""
-        return int(self._sum(0))
+        """Bytes on the device while the layers behind it run: what its layers keep, and what has not left yet."""
+        return int(self._sum(0)) + self._leaving(self.count)
 
     @cached_property
     def host(self) -> int:
@@ -277,23 +287,18 @@ class Prefix:
     def _moved(self, number: int) -> int:
         return self.ways[number].moved if 0 <= number < self.count else 0
 
-    def under_way(self, number: int) -> int:
-        """Bytes that are leaving while a layer runs forward."""
-        if number - IN_FLIGHT >= self.count:
-            return 0
+    def _leaving(self, number: int) -> int:
+        """Bytes that are on their way to the host while a layer runs forward."""
         return sum(self._moved(before) for before in range(number - IN_FLIGHT, number))
-
-    def coming(self, number: int) -> int:
-        """Bytes that are back while a layer runs backward: its own and those of the one before."""
-        return self._moved(number) + self._moved(number - 1)
 
     def fits(self, room: int) -> bool:
         """Whether its own layers stay within so many bytes."""
         held, frame = 0, self._frame
         for number, way in enumerate(self.ways):
-            if held + self.under_way(number) + frame.forward[number] + way.forward > room:
+            if held + self._leaving(number) + frame.forward[number] + way.forward > room:
                 return False
             held += way.kept
-            if held + self.coming(number) + frame.backward[number] + way.backward > room:
+            coming = way.moved + self._moved(number - 1)
+            if held + coming + frame.backward[number] + way.backward > room:
                 return False
         return True

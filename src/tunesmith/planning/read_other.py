@@ -75,7 +75,7 @@ def read_other(text: Mapping[str, Any], name: str) -> ModelFacts:
         layers=layers,
         vocabulary=needed(config, "vocab_size", name),
         tied=config.model_type in _TIED if tied is None else bool(tied),
-        longest=getattr(config, "max_position_embeddings", None),
+        longest=getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None),
         unfused=unfused,
     )
 

@@ -248,21 +248,19 @@ class Search:
         frame = self._frame
         states: list[State] = [(prefix.kept, 0.0, None)]
         for number in range(prefix.count, frame.count):
-            states = _optima(self._next(number, states, prefix, slope, target))
-        most = self._room - frame.around - prefix.under_way(frame.count)
+            states = _optima(self._next(number, states, slope, target))
+        most = self._room - frame.around
         fitting = [state for state in states if state[0] <= most]
         if not fitting:
             return None
         _, seconds, chain = min(fitting, key=lambda state: (state[1], state[0]))
         return seconds, _unfold(chain)
 
-    def _next(
-        self, number: int, states: Sequence[State], prefix: Prefix, slope: float, target: float
-    ) -> Iterator[State]:
+    def _next(self, number: int, states: Sequence[State], slope: float, target: float) -> Iterator[State]:
         """What one more layer makes of the states, those left out that do not fit or are beyond the target."""
         frame = self._frame
-        forward_room = self._room - frame.forward[number] - prefix.under_way(number)
-        backward_room = self._room - frame.backward[number] - prefix.coming(number)
+        forward_room = self._room - frame.forward[number]
+        backward_room = self._room - frame.backward[number]
         behind = self._tails[slope][number + 1]
         head_room = self._most - self._least_kept[number + 1]
         target += 1e-12 * abs(target)  # sums of floating-point numbers depend on their order

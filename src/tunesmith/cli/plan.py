@@ -1,0 +1,145 @@
+"""`tunesmith plan`: what a run takes of a card's memory and how fast it is, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tunesmith.cli.plan_page import check_picture, draw_picture
+from tunesmith.cli.plan_words import (
+    ALTERNATIVE_HEADS,
+    alternative_rows,
+    gib,
+    model_lines,
+    parts_of,
+    plan_lines,
+    verdict,
+)
+from tunesmith.config.load import load_settings
+from tunesmith.config.plan_card import choose_card
+from tunesmith.config.plan_run import PlannedRun, plan_run
+from tunesmith.planning.plan import Alternative
+from tunesmith.planning.step_amounts import trained_parameters
+
+_BAR = 40
+_NAME = 12
+"""Columns of a line's name."""
+
+
+def plan_and_print(
+    run_file: str,
+    overrides: Sequence[str],
+    console: Console,
+    *,
+    gpu: str | None = None,
+    as_json: bool = False,
+    picture: str | None = None,
+) -> bool:
+    """Plan a run and print the plan; whether it fits.
+
+    Args:
+        run_file: the run; overrides: settings that replace some of it.
+        console: where the table goes.
+        gpu: the card to plan for; None is this machine's.
+        as_json: print one JSON object instead of the table.
+        picture: a file for the picture of the memory over one step, PNG or HTML by its ending.
+
+    Raises:
+        UserError: the run file is wrong, the model's config is nowhere, or the picture cannot be drawn.
+    """
+    if picture is not None:
+        check_picture(picture)
+    settings = load_settings(run_file, overrides)
+    chosen = choose_card(gpu)
+    run = plan_run(settings, chosen.card, chosen.host_bytes)
+    if as_json:
+        print(json.dumps(as_object(run), indent=2))
+    else:
+        _print(run, run_file, chosen.why, console)
+    if picture is not None:
+        draw_picture(run, chosen.why, Path(picture).expanduser())
+        if not as_json:
+            console.print(f"\n{picture}", markup=False, highlight=False, soft_wrap=True)
+    return run.plan.fits
+
+
+def as_object(run: PlannedRun) -> dict[str, Any]:
+    """The plan and what it was made of, for programs: bytes and seconds."""
+    facts, plan = run.facts, run.plan
+    return {
+        "model": {
+            "name": facts.name,
+            "model_type": facts.model_type,
+            "parameters": facts.parameters,
+            "trained_parameters": trained_parameters(facts, run.request.work),
+            "layers": len(facts.layers),
+            "config_from": run.config_from,
+            "unfused": facts.unfused or None,
+        },
+        "request": asdict(run.request),
+        "plan": asdict(plan),
+        "seconds_of_1000_steps": 1000 * plan.step_seconds,
+        "notes": list(run.notes),
+    }
+
+
+def _print(run: PlannedRun, run_file: str, why_card: str, console: Console) -> None:
+    plan = run.plan
+    console.print(Text(run_file, "bold underline"), soft_wrap=True)
+    _print_lines(console, model_lines(run, why_card))
+    console.print(Text("\nmemory in GiB, each part at its most", "bold"))
+    largest = max((size for _, size in parts_of(plan)), default=1)
+    for name, size in parts_of(plan):
+        line = Text(f"  {name:<{_NAME}}{gib(size):>8}  ")
+        line.append("█" * round(_BAR * size / largest), "green3" if plan.fits else "yellow")
+        console.print(line, soft_wrap=True)
+    console.print()
+    _print_lines(console, plan_lines(run))
+    console.print(Text(f"\n{verdict(plan)}", "bold green" if plan.fits else "bold red"), soft_wrap=True)
+    _print_alternatives(console, "nearest settings that fit", run, plan.nearest)
+    _print_alternatives(console, "what would change", run, plan.alternatives)
+    if run.notes:
+        console.print()
+    for note in run.notes:
+        console.print(Text(f"note: {note}", "dim"), soft_wrap=not console.is_terminal)
+
+
+def _print_lines(console: Console, lines: Mapping[str, str]) -> None:
+    """Names with a value each: aligned on a terminal, one line each elsewhere."""
+    if not console.is_terminal:
+        for name, text in lines.items():
+            console.print(Text(f"{name:<{_NAME}} {text}"), soft_wrap=True)
+        return
+    table = Table.grid(padding=(0, 1))
+    table.add_column(min_width=_NAME, no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in lines.items():
+        table.add_row(Text(name, "bold"), Text(text))
+    console.print(table)
+
+
+def _print_alternatives(
+    console: Console, title: str, run: PlannedRun, alternatives: Sequence[Alternative]
+) -> None:
+    """What each comes to, in columns; below it the settings to write, on a line that can be copied."""
+    if not alternatives:
+        return
+    rows = list(alternative_rows(run, alternatives))
+    table = [(title, *ALTERNATIVE_HEADS[1:]), *(cells for cells, _ in rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(ALTERNATIVE_HEADS))]
+    console.print()
+    for number, (cells, settings) in enumerate([(table[0], ""), *rows]):
+        first, *others = zip(cells, widths, strict=True)
+        line = Text(f"{first[0]:<{first[1]}}", "bold" if number == 0 else "")
+        for cell, width in others:
+            line.append(f"  {cell:>{width}}", "dim" if number == 0 else "not bold")
+        console.print(line, soft_wrap=True)
+        if settings:
+            console.print(Text(f"  {settings}", "dim"), soft_wrap=True)

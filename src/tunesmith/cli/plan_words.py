@@ -1,0 +1,125 @@
+"""The figures of a plan in words, for a terminal and for a page. They are said here, and decided by the planner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tunesmith.config.plan_run import PlannedRun
+from tunesmith.contracts.plural import counted
+from tunesmith.contracts.visible import visible
+from tunesmith.planning.plan import PARTS, Alternative, Plan, Summary
+from tunesmith.planning.step_amounts import trained_parameters
+
+_GIB = 2**30
+
+
+def gib(count: float) -> str:
+    """Bytes as GiB: `12.3`, and `0.04` where there are few."""
+    size = count / _GIB
+    return f"{size:,.1f}" if size >= 1 or size == 0 else f"{size:.2f}"
+
+
+def span(seconds: float) -> str:
+    """A time that is an estimate: `0.42 s`, `35 minutes`, `3.2 hours`, `2.1 days`."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    for unit, size, most in (("minutes", 60, 120), ("hours", 3600, 48)):
+        if seconds / size < most:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 86400:.3g} days"
+
+
+def strip(plan: Plan) -> str:
+    """Policies of the layers, from the first to the last: `12 × recompute, 20 × keep`."""
+    return ", ".join(f"{count} × {name}" for name, count in plan.strip)
+
+
+def _parameters(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
+
+
+def model_lines(run: PlannedRun, why_card: str) -> dict[str, str]:
+    """What is planned, by name: model, what trains, card, rows."""
+    facts, request, work = run.facts, run.request, run.request.work
+    held = {"none": "", "nf4": ", the base in 4 bits (NF4)", "int8": ", the base in 8 bits"}[work.quantize]
+    trained = _parameters(trained_parameters(facts, work))
+    if work.full:
+        what = (
+            f"all weights: {trained} parameters in {'float32' if work.trained_itemsize == 4 else 'bfloat16'}"
+        )
+    else:
+        what = f"LoRA of rank {work.rank}: {trained} parameters{held}"
+    card = run.card
+    reached = "estimated from its data sheet" if card.estimated else "speeds measured on such a card"
+    rows = f"{counted(request.rows, 'row')} of {sum(work.documents):,} tokens a step"
+    return {
+        "model": f"{visible(facts.name)}: {_parameters(facts.parameters)} parameters in "
+        f"{counted(len(facts.layers), 'layer')} ({facts.model_type}, from {run.config_from})",
+        "trains": f"{what}, with {work.optimizer}",
+        "card": f"{card.name}, {card.gib:.1f} GiB, {reached}" + (f" ({why_card})" if why_card else ""),
+        "batch": rows,
+    }
+
+
+def plan_lines(run: PlannedRun) -> dict[str, str]:
+    """What was planned, by name: micro-batch, layers, sizes of chunks, step, run."""
+    plan, request = run.plan, run.request
+    passes = -(-request.rows // plan.micro_batch_rows)
+    chunks = ", ".join(f"{name} {size:,} tokens at once" for name, size in plan.chunks.items())
+    lines = {
+        "micro-batch": f"{counted(plan.micro_batch_rows, 'row')}, {plan.tokens:,} tokens; "
+        f"{counted(passes, 'micro-batch', 'micro-batches')} a step",
+        "layers": strip(plan),
+        "chunks": chunks,
+        "host memory": f"{gib(plan.host_bytes)} GiB pinned" if plan.host_bytes else "",
+        "step": f"{span(plan.step_seconds)}, {plan.tokens_per_second:,.0f} tokens/s",
+        "run": _length(plan, request.steps),
+    }
+    return {name: text for name, text in lines.items() if text}
+
+
+def _length(plan: Plan, steps: int | None) -> str:
+    """How long the run takes, or 1,000 steps of it."""
+    if plan.total_seconds is not None and steps is not None:
+        return f"{span(plan.total_seconds)} for {counted(steps, 'step')}"
+    return f"{span(1000 * plan.step_seconds)} for each 1,000 steps; train.steps says how many there are"
+
+
+def verdict(plan: Plan) -> str:
+    """Whether it fits, in a sentence."""
+    if plan.fits:
+        return f"It fits: at most {gib(plan.peak_bytes)} of {gib(plan.budget_bytes)} GiB."
+    return (
+        f"It does not fit: {gib(plan.peak_bytes)} GiB are needed and {gib(plan.budget_bytes)} may be used; "
+        f"{gib(plan.missing_bytes)} GiB are missing."
+    )
+
+
+def parts_of(plan: Plan) -> Iterator[tuple[str, int]]:
+    """(name, bytes) of the parts that are there."""
+    for name in PARTS:
+        if plan.parts.get(name):
+            yield name, plan.parts[name]
+
+
+ALTERNATIVE_HEADS = ("", "fits", "micro-batch", "peak GiB", "tokens/s", "step")
+
+
+def alternative_rows(
+    run: PlannedRun, alternatives: Sequence[Alternative]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(cells below `ALTERNATIVE_HEADS`, the settings to write): this plan first, then what other choices give."""
+    yield ("as it is", *_cells(run.plan.summary)), ""
+    for alternative in alternatives:
+        yield (alternative.what, *_cells(alternative.summary)), " ".join(alternative.settings)
+
+
+def _cells(summary: Summary) -> tuple[str, ...]:
+    fits = "yes" if summary.fits else f"{gib(summary.missing_bytes)} GiB missing"
+    return (
+        fits,
+        counted(summary.micro_batch_rows, "row"),
+        gib(summary.peak_bytes),
+        f"{summary.tokens_per_second:,.0f}",
+        span(summary.step_seconds),
+    )

@@ -1,0 +1,176 @@
+"""From the settings of a run to its plan: what the planner is asked, and what of the settings it does not know.
+
+Torch-free: neither weights nor data nor a GPU are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from tunesmith.config.plan_adapter import Adapted, adapted_groups
+from tunesmith.config.plan_model import FoundConfig, find_config
+from tunesmith.planning.cards import Card
+from tunesmith.planning.facts import ModelFacts, Work
+from tunesmith.planning.fit import ROUNDING, fits_in_float32
+from tunesmith.planning.plan import Plan, PlanRequest, make_plan
+from tunesmith.planning.read_facts import read_facts
+from tunesmith.settings.quantities import share_or_bytes, tokens_of
+from tunesmith.settings.run import RunSettings
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """A plan with what it was made of.
+
+    Attributes:
+        facts: of the model.
+        config_from: where its `config.json` is from.
+        card: that it is planned for.
+        request: what the planner was asked.
+        plan: what it answered.
+        notes: what the plan takes for granted, and what of the run it does not know, in sentences.
+    """
+
+    facts: ModelFacts
+    config_from: str
+    card: Card
+    request: PlanRequest
+    plan: Plan
+    notes: tuple[str, ...]
+
+
+def plan_run(settings: RunSettings, card: Card, host_bytes: int | None = None) -> PlannedRun:
+    """Plan a run on a card.
+
+    Args:
+        settings: of the run.
+        card: a row of `CARDS`.
+        host_bytes: memory of the host that may be pinned, None where it is not known.
+
+    Raises:
+        UserError: the config of the model is nowhere or cannot be read, or the adapter fits none of its layers.
+    """
+    found = find_config(settings.model.name, settings.model.revision)
+    facts = read_facts(found.values, settings.model.name)
+    quantize = settings.model.quantize if settings.model.quantize != "none" else _held_as(found)
+    facts = replace(facts, unfused=facts.unfused or _unfused(settings, quantize))
+    adapted = adapted_groups(settings.adapter, facts)
+    request = make_request(settings, facts, card, adapted, quantize=quantize, host_bytes=host_bytes)
+    return PlannedRun(
+        facts=facts,
+        config_from=found.where,
+        card=card,
+        request=request,
+        plan=make_plan(facts, request),
+        notes=tuple(_notes(settings, facts, adapted)),
+    )
+
+
+def make_request(
+    settings: RunSettings,
+    facts: ModelFacts,
+    card: Card,
+    adapted: Adapted,
+    *,
+    quantize: str,
+    host_bytes: int | None = None,
+) -> PlanRequest:
+    """What the planner is asked for.
+
+    A row is taken to be full, one document long, and supervised throughout: the most that it can take.
+    """
+    train = settings.train
+    length = train.sequence_length
+    work = Work(
+        documents=(length,),
+        supervised=length,
+        quantize=quantize,
+        rank=adapted.rank,
+        adapted=adapted.groups,
+        dropout=adapted.rank > 0 and settings.adapter.dropout > 0,
+        optimizer=train.optimizer,
+        itemsize=4 if settings.model.dtype == "float32" else 2,
+        trained_itemsize=_trained_itemsize(settings, facts, card),
+    )
+    batch_tokens = tokens_of(train.global_batch)
+    rows = train.global_batch if isinstance(train.global_batch, int) else -(-(batch_tokens or 1) // length)
+    return PlanRequest(
+        card=card.name,
+        work=work,
+        rows=rows,
+        steps=_steps(settings, rows * length),
+        micro_batch=train.micro_batch if isinstance(train.micro_batch, int) else None,
+        policy=settings.memory.policy,
+        budget=share_or_bytes(settings.memory.budget),
+        host_bytes=host_bytes,
+    )
+
+
+def _steps(settings: RunSettings, step_tokens: int) -> int | None:
+    """Optimizer steps of the run, None where only the data tells."""
+    steps = settings.train.steps
+    tokens = tokens_of(steps)
+    if tokens is not None:
+        return -(-tokens // step_tokens)
+    return steps if isinstance(steps, int) else None
+
+
+def _trained_itemsize(settings: RunSettings, facts: ModelFacts, card: Card) -> int:
+    """Bytes of a trained parameter, as `config.make_model.weights_dtype` decides for full fine-tuning."""
+    model, optimizer = settings.model, settings.train.optimizer
+    if settings.adapter.kind != "none" or optimizer not in ROUNDING or card.capability < (8, 0):
+        return 4
+    if model.dtype != "auto":
+        return 2 if model.dtype == "bfloat16" else 4
+    fits = fits_in_float32(
+        trained=facts.parameters, frozen_bytes=0, optimizer=optimizer, device_bytes=card.memory_bytes
+    )
+    return 4 if fits else 2
+
+
+def _held_as(found: FoundConfig) -> str:
+    """How a checkpoint that was quantised before it was published holds its weights."""
+    held = found.values.get("quantization_config")
+    if not isinstance(held, dict):
+        return "none"
+    if held.get("load_in_4bit") or held.get("_load_in_4bit"):
+        return "nf4"
+    return "int8" if held.get("load_in_8bit") or held.get("_load_in_8bit") else "none"
+
+
+def _unfused(settings: RunSettings, quantize: str) -> str:
+    """What of the settings rules fused layers out; empty where nothing does."""
+    if quantize == "int8":
+        return "its weights are held in 8 bits"
+    if settings.adapter.kind == "lora" and settings.adapter.use_dora:
+        return "its adapter has DoRA"
+    return ""
+
+
+def _notes(settings: RunSettings, facts: ModelFacts, adapted: Adapted) -> Iterator[str]:
+    """What the plan takes for granted, and what it does not count."""
+    adapter, train = settings.adapter, settings.train
+    length = train.sequence_length
+    yield (
+        f"Rows are taken to be full: {length:,} tokens, one document, all of it trained on. Shorter documents and "
+        "prompts that do not train make steps faster and smaller."
+    )
+    if facts.longest is not None and length > facts.longest and settings.model.rope_scaling is None:
+        made_for = f"the {facts.longest:,} positions that the model was made for"
+        yield f"train.sequence_length is longer than {made_for}; model.rope_scaling stretches them."
+    if facts.unfused:
+        yield f"Its layers are not fused ({facts.unfused}): bytes and seconds are estimates."
+    if facts.other_parameters:
+        count = facts.other_parameters / 1e9
+        yield f"Its vision tower, {count:.1f} billion parameters, lies in memory and does not train on text."
+    if adapted.parts:
+        yield "The adapter is counted on all projections of each group that it touches, in every layer."
+    for name in ("layers_to_transform", "last_layers", "rank_pattern"):
+        if adapted.rank and getattr(adapter, name):
+            yield f"adapter.{name} is not counted: every layer is taken to carry rank {adapted.rank}."
+    for name in ("modules_to_save", "new_tokens"):
+        if adapted.rank and getattr(adapter, name):
+            yield f"What adapter.{name} trains besides is not counted; it takes memory of its own."
+    if not adapted.rank and settings.model.freeze:
+        yield "model.freeze is not counted: all weights are taken to train."
