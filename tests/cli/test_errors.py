@@ -421,5 +421,9 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
         pipe.open("w"),
     ):
         process.send_signal(signal.SIGINT)  # the pipe opened, so the other side reads it
-        _, error = process.communicate(timeout=60)
+        try:
+            _, error = process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:  # it came between the opening and the reading, which then waits
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (130, "error: interrupted\n")

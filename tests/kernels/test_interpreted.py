@@ -11,3 +11,7 @@ pytest.importorskip("triton")
 
 def test_kernels_in_the_interpreter():
     run_in_interpreter("tests/kernels/interpreted.py")
+
+
+def test_tensors_of_more_elements_than_32_bits_count():
+    run_in_interpreter("tests/kernels/interpreted_large.py")

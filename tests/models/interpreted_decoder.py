@@ -87,6 +87,7 @@ class Gemms(TorchDispatchMode):
         # projections, and ∂u A of the output
         ("keep", [], 4 + 4 + 2 + 3 + 2 + 4 + 7 + 1),
         ("recompute_gate_up", FORWARD[3:4], 1 + 4 + 4 + 2 + 3 + 2 + 4 + 7 + 1),
+        ("recompute_projections", FORWARD[:2] + FORWARD[3:4], 2 + 4 + 4 + 2 + 3 + 2 + 4 + 7 + 1),
         ("recompute", FORWARD[:4], 3 + 4 + 4 + 2 + 3 + 2 + 4 + 7 + 1),
     ],
 )
@@ -105,7 +106,7 @@ def test_a_llama_layer_launches_no_more_than_this(policy, again, gemms, launches
 def test_policies_agree_bit_for_bit():
     model = rounded(torch.float16, rank=8, **SHAPE)
     hidden, grads = fused(model, torch.float16, batch_of(lengths=SHORT))
-    for policy in ("recompute_gate_up", "recompute", "offload"):
+    for policy in ("recompute_gate_up", "recompute_projections", "recompute", "offload"):
         other, other_grads = fused(model, torch.float16, batch_of(lengths=SHORT), policy)
         assert torch.equal(other, hidden)
         assert [name for name in grads if not torch.equal(other_grads[name], grads[name])] == []

@@ -520,7 +520,9 @@ def test_position_ids_that_restart_are_left_to_the_stock_layers(family):
     row = {key: packed_row()[key] for key in ("input_ids", "position_ids")}
     stock = base(**row, use_cache=False).logits.detach()
     installed = install(model)
-    assert torch.equal(base(**row, use_cache=False).logits, stock)
+    # the norm behind the layers is ours still, and transformers' rounds to float32
+    ours = base(**row, use_cache=False).logits.detach()
+    assert float((ours - stock).norm() / stock.norm()) < TOLERANCE[torch.float64]
     assert installed.fallbacks == {"a ready-made attention mask": len(installed.fused)}
 
 

@@ -258,7 +258,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         turn = (r * r * r * product / width)[:, None]
         r = r[:, None]
         if WEIGHT_GRAD:
-            sums = partial_PHK + (tl.program_id(0) * (Q_HEADS + KV_HEADS) + head) * HEAD_DIM
+            sums = partial_PHK + (tl.program_id(0).to(tl.int64) * (Q_HEADS + KV_HEADS) + head) * HEAD_DIM
             last = True
             if FULL:
                 last = nth >= count

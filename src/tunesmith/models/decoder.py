@@ -31,29 +31,15 @@ import torch
 from torch import Tensor
 
 from tunesmith.kernels.attention import attention_backward, attention_forward
-from tunesmith.kernels.glu import glu, glu_backward_
-from tunesmith.models import layer_norms, layer_qkv
-from tunesmith.models.adapter_math import (
-    adapter_a_gradient,
-    add_dropped,
-    draw_seed,
-    input_gradients,
-    output_gradients,
-)
-from tunesmith.models.layer_call import (
-    STAGE_TENSORS,
-    AllOperands,
-    Groups,
-    LayerCall,
-    Stash,
-    Weights,
-    beside,
-)
+from tunesmith.models import layer_norms, layer_qkv, tiles
+from tunesmith.models.adapter_math import draw_seed, input_gradients, output_gradients
+from tunesmith.models.layer_call import AllOperands, Groups, LayerCall, Stash, Weights, beside, stage_of
+from tunesmith.models.layer_mlp import mlp_again, mlp_backward, mlp_forward, onto
 from tunesmith.models.layer_norms import Reader
-from tunesmith.models.layer_products import input_gradient, project_onto, project_with_adapters
-from tunesmith.models.layer_weights import Gradients, node_parameters, own_gradients
+from tunesmith.models.layer_products import input_gradient, project_with_adapters
+from tunesmith.models.layer_weights import Gradients, node_parameters
 from tunesmith.models.offload import Handle
-from tunesmith.models.projections import Operands, split_gradients
+from tunesmith.models.projections import split_gradients
 
 # ---------------------------------------------------------------------- forward, in two halves
 
@@ -79,7 +65,7 @@ def _middle(call: LayerCall, stash: Stash, operands: AllOperands, weights: Weigh
     """The residual stream after attention."""
     output_TN = call.only(stash.large["output"], beside(call.groups.output))
     residual_TD = call.only(stash.large["input"])
-    return _onto(call, 0, residual_TD, output_TN, stash, operands.output, weights)
+    return onto(call, 0, residual_TD, output_TN, stash, operands.output, weights)
 
 
 def layer_forward(call: LayerCall, hidden_TD: Tensor) -> tuple[Tensor, Stash]:
@@ -91,9 +77,8 @@ def layer_forward(call: LayerCall, hidden_TD: Tensor) -> tuple[Tensor, Stash]:
     middle_TD = _middle(call, stash, operands, weights)
     if not call.shape.parallel:  # else nothing reads it again
         stash.large["middle"] = middle_TD
-    stash.large["gate_up"] = _gate_up(call, stash, operands, weights)
-    act_TI = _activated(call, stash, operands)
-    return _onto(call, 1, middle_TD, act_TI, stash, operands.down, weights), stash
+    forward = tiles.mlp_forward if tiles.needed(call) else mlp_forward
+    return forward(call, middle_TD, stash, operands, weights), stash
 
 
 # ---------------------------------------------------------------------- backward, in two halves
@@ -129,7 +114,7 @@ def _attention_backward(
             )
             found.adapters["output"] = split_gradients(groups.output, grad_a, grad_b)
         if groups.output.trains:
-            found.own["output"] = own_gradients(groups.output, grad_branch_TD, picked_TN)
+            found.put_own("output", groups.output, grad_branch_TD, picked_TN)
         del picked_TN
     del grad_branch_TD
     saved = tuple(
@@ -165,13 +150,13 @@ def layer_backward(call: LayerCall, grad_TD: Tensor, stash: Stash) -> tuple[Tens
     _attend(call, stash, operands, weights)
     if "middle" not in large and not call.shape.parallel:
         large["middle"] = _middle(call, stash, operands, weights)
-    if "gate_up" not in large:
-        large["gate_up"] = _gate_up(call, stash, operands, weights)
-    if call.norms.behind_mlp is not None and "branch1" not in large:
-        act_TI = _activated(call, stash, operands)
-        large["branch1"] = project_onto(call, "down", None, act_TI, stash, operands.down, weights)
     grad_TD, found = grad_TD.contiguous(), Gradients()
-    grad_stream_TD = _mlp_backward(call, grad_TD, stash, operands, weights, found)
+    if tiles.needed(call):
+        grad_stream_TD = tiles.mlp_backward(call, grad_TD, stash, operands, weights, found)
+    else:
+        mlp_again(call, stash, operands, weights)
+        grad_stream_TD = mlp_backward(call, grad_TD, stash, operands, weights, found)
+    large.pop("middle", None)  # nothing reads it again, and attention's backward needs the most
     # blocks in parallel: attention adds to the same stream as the MLP, and not to what that one reads
     grad_middle_TD = grad_TD if call.shape.parallel else grad_stream_TD
     grad_hidden_TD = _attention_backward(
@@ -190,18 +175,21 @@ class _DecoderLayer(torch.autograd.Function):
     def forward(ctx: Any, hidden_TD: Tensor, call: LayerCall, *parameters: Tensor) -> Tensor:
         del parameters  # read from the modules; inputs only so that their gradients have somewhere to go
         out_TD, stash = layer_forward(call, hidden_TD)
-        keep = {"input": hidden_TD}
-        for stage in call.policy.keep:
-            keep |= {name: tensor for name, tensor in stash.large.items() if STAGE_TENSORS[stage](name)}
-        ctx.call, ctx.backend, ctx.handle, ctx.spent = call, stash.backend, None, False
+        policy, large = call.policy, {"input": hidden_TD}
+        large |= {name: tensor for name, tensor in stash.large.items() if stage_of(name) in policy.keep}
+        small = {name: tensor for name, tensor in stash.small.items() if not call.rebuilds(name)}
+        moves = {name: tensor for name, tensor in large.items() if call.moves(stage_of(name))}
+        if moves and not policy.keep:  # then nothing of a layer's tokens stays on the device
+            moves |= small
+        stays = {name: tensor for name, tensor in (small | large).items() if name not in moves}
+        ctx.call, ctx.backend, ctx.spent = call, stash.backend, False
         # a hundredth of what such a layer keeps, and three launches fewer in backward
-        ctx.operands = stash.operands if "gate_up" in call.policy.keep else None
-        ctx.small, ctx.large = tuple(stash.small), tuple(keep)
-        if call.policy.offload:
-            ctx.handle = call.offloader.push(list(keep.values()))
-            ctx.save_for_backward(*stash.small.values())
-        else:
-            ctx.save_for_backward(*stash.small.values(), *keep.values())
+        ctx.operands = stash.operands if "gate_up" in policy.keep else None
+        ctx.small, ctx.stays, ctx.moves = set(small), tuple(stays), tuple(moves)
+        ctx.handle = call.offloader.push(list(moves.values())) if moves else None
+        if not moves:
+            call.offloader.advance()
+        ctx.save_for_backward(*stays.values())
         return out_TD
 
     @staticmethod
@@ -213,13 +201,13 @@ class _DecoderLayer(torch.autograd.Function):
                 "it kept: run the forward pass again, or undo() the installation for gradients with retain_graph."
             )
         ctx.spent = True
-        tensors = list(ctx.saved_tensors)
-        small = dict(zip(ctx.small, tensors[: len(ctx.small)], strict=True))
+        large = dict(zip(ctx.stays, ctx.saved_tensors, strict=True))
         handle: Handle | None = ctx.handle
-        kept = tensors[len(ctx.small) :] if handle is None else call.offloader.pull(handle)
-        del tensors
-        stash = Stash(small, dict(zip(ctx.large, kept, strict=True)), ctx.backend, ctx.operands)
-        del kept
+        if handle is not None:
+            large |= zip(ctx.moves, call.offloader.pull(handle), strict=True)
+        small = {name: large.pop(name) for name in ctx.small}
+        stash = Stash(small, large, ctx.backend, ctx.operands)
+        del large
         with torch.autocast(grads[0].device.type, enabled=False):
             grad_hidden_TD, grads_parameters = layer_backward(call, grads[0], stash)
         return grad_hidden_TD, None, *grads_parameters

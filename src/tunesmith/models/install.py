@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tunesmith.kernels.attention import Documents, Heads, Scores
 from tunesmith.models.decoder import dropout_seeds, run_layer
+from tunesmith.models.last_norm import last_norm_forward
 from tunesmith.models.layer_call import Groups, LayerCall, LayerShape, Norm, Norms
 from tunesmith.models.offload import Offloader
 from tunesmith.models.policy import POLICIES, Policy
@@ -32,6 +33,7 @@ from tunesmith.models.projections import (
     read_projection,
     weight_shape,
 )
+from tunesmith.models.tiles import TILE_TOKENS
 from tunesmith.planning.architectures import ACTIVATIONS, Architecture, find_architecture
 
 
@@ -43,13 +45,16 @@ class Installed:
         fused: names of the layers whose computation was replaced.
         stock: (layer, reason) for each that was left alone.
         fallbacks: how often a fused layer ran its stock forward, by reason.
-        policy: what fused layers hold between forward and backward; may be changed between steps.
+        policies: what each decoder layer, from the first to the last, holds between forward and backward; may be
+            changed between steps. Those of layers that are not fused stand for nothing.
+        tile_tokens: tokens beyond which the MLP of a layer that does not keep gate and up is computed in tiles of at
+            most as many (`tiles`); None for never.
         layers: the fused layers themselves; shapes: the constants of each.
         row: the family of the model, or None where it has no fused layer.
     """
 
     model: Any
-    policy: Policy
+    policies: tuple[Policy, ...]
     offloader: Offloader
     fused: list[str] = field(default_factory=list)
     stock: list[tuple[str, str]] = field(default_factory=list)
@@ -57,27 +62,54 @@ class Installed:
     layers: list[Any] = field(default_factory=list, repr=False)
     shapes: list[LayerShape] = field(default_factory=list, repr=False)
     row: Architecture | None = None
+    tile_tokens: int | None = TILE_TOKENS
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def set_policy(self, name: str) -> None:
-        """Use another row of `POLICIES` from the next forward on."""
-        self.policy = POLICIES[name]
+        """Use another row of `POLICIES` in all layers from the next forward on."""
+        self.policies = (POLICIES[name],) * len(self.policies)
+
+    def set_policies(self, names: Sequence[str]) -> None:
+        """Use a row of `POLICIES` in each decoder layer, from the first to the last, from the next forward on."""
+        assert len(names) == len(self.policies)
+        self.policies = tuple(POLICIES[name] for name in names)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of all layers, where they have but one."""
+        (policy,) = set(self.policies)
+        return policy
 
     def table(self) -> list[tuple[str, str, str]]:
         """Rows (what, how, why) for people."""
         rows = []
         if self.fused:
-            rows.append((f"{len(self.fused)} decoder layers", "fused", f"activations: {self.policy.name}"))
+            rows.append((f"{len(self.fused)} decoder layers", "fused", f"activations: {self._held()}"))
         reasons = Counter(reason for _, reason in self.stock)
         rows += [(f"{count} decoder layers", "stock", reason) for reason, count in reasons.items()]
         return rows
+
+    def _used(self) -> list[Policy]:
+        """The policies of the fused layers."""
+        stock = {name for name, _ in self.stock}
+        return [policy for n, policy in enumerate(self.policies) if f"layers.{n}" not in stock]
+
+    def _held(self) -> str:
+        """Such as `keep`, or `20 layers recompute, 12 keep`."""
+        counts = Counter(policy.name for policy in self._used())
+        if len(counts) == 1:
+            return next(iter(counts))
+        (name, count), *others = counts.items()
+        parts = [f"{count} layer{'s' * (count > 1)} {name}", *(f"{count} {name}" for name, count in others)]
+        return ", ".join(parts)
 
     def recordable(self) -> str | None:
         """Why a forward and backward pass cannot be recorded once and replayed, or None where it can."""
         if self.stock or not self.fused:
             return "not every decoder layer is fused"
-        if self.policy.offload:
-            return f"{self.policy.name} moves activations to the host"
+        moving = next((policy.name for policy in self._used() if policy.offload), None)
+        if moving is not None:
+            return f"{moving} moves activations to the host"
         if any(module.p > 0.0 for module in self.model.modules() if isinstance(module, nn.Dropout)):
             return "dropout draws its seeds on the host"
         return None
@@ -97,13 +129,13 @@ class _FusedForward:
     """The `forward` of one layer instance."""
 
     def __init__(
-        self, layer: Any, row: Architecture, shape: LayerShape, installed: Installed, *, last: bool
+        self, layer: Any, row: Architecture, shape: LayerShape, installed: Installed, number: int
     ) -> None:
         # the function and not the bound method: a deep copy of the model must fall back to its own weights
         self._stock = getattr(layer.forward, "__func__", layer.forward)
         self._shape = shape
         self._installed = installed
-        self._last = last
+        self._number = number
         # modules are looked up at every call: PEFT replaces a linear layer by a wrapper when an adapter is added
         self._groups = tuple(tuple(map(attrgetter, names)) for names in _linear_paths(row))
         self._norms = [path if path is None else attrgetter(path) for path in _norm_paths(row)]
@@ -142,6 +174,7 @@ class _FusedForward:
         return None
 
     def _fused(self, layer: Any, hidden_BTD: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        installed = self._installed
         groups = Groups(
             *(Group(tuple(read_projection(get(layer)) for get in getters)) for getters in self._groups)
         )
@@ -163,10 +196,11 @@ class _FusedForward:
             sin_TK=sin_TK,
             rotary_dim=rotary_dim,
             documents=_documents(kwargs, batch, tokens, hidden_BTD.device),
-            policy=self._installed.policy,
-            offloader=self._installed.offloader,
+            policy=installed.policies[self._number],
+            offloader=installed.offloader,
             seeds=dropout_seeds(groups),
-            rows=kwargs.get("wanted_rows") if self._last else None,
+            rows=kwargs.get("wanted_rows") if self._number == len(installed.policies) - 1 else None,
+            tile_tokens=installed.tile_tokens,
         )
         out_TD = run_layer(call, hidden_BTD.reshape(batch * tokens, width))
         # a tensor of its own for autograd: FSDP2 hooks backward onto what a layer returns, and warns of views
@@ -275,11 +309,12 @@ def install(model: Any, *, policy: str = "keep") -> Installed:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = next(model.parameters()).device
-    installed = Installed(model, POLICIES[policy], Offloader(enabled=device.type == "cuda"))
+    layers = _decoder_layers(model)
+    policies = (POLICIES[policy],) * len(layers)
+    installed = Installed(model, policies, Offloader(enabled=device.type == "cuda"))
     config = base.config.get_text_config()
     row, reason = find_architecture(config)
     installed.row = row
-    layers = _decoder_layers(model)
     for number, layer in enumerate(layers):
         if row is None:
             installed.stock.append((f"layers.{number}", reason))
@@ -291,21 +326,30 @@ def install(model: Any, *, policy: str = "keep") -> Installed:
             # another version of transformers may have renamed what a row names: never computed without it
             installed.stock.append((f"layers.{number}", str(error)))
             continue
-        _replace_forward(layer, row, shape, installed, last=number == len(layers) - 1)
+        _replace_forward(layer, row, shape, installed, number)
         installed.layers.append(layer)
         installed.shapes.append(shape)
         installed.fused.append(f"layers.{number}")
     if installed.fused:
         _take_over_checkpointing(base, installed)
+    if installed.fused and not installed.stock:
+        _replace_last_norm(base.get_decoder(), installed)
     return installed
 
 
+def _replace_last_norm(backbone: Any, installed: Installed) -> None:
+    norm = getattr(backbone, "norm", None)
+    if norm is not None and type(norm).__module__.startswith(("transformers.", "torch.nn.")):
+        forward = last_norm_forward(type(norm).forward, installed.shapes[-1])
+        override(norm, "forward", forward, installed._undo)
+
+
 def _replace_forward(
-    layer: Any, row: Architecture, shape: LayerShape, installed: Installed, *, last: bool
+    layer: Any, row: Architecture, shape: LayerShape, installed: Installed, number: int
 ) -> None:
     for names in (row.qkv, row.gate_up):
         join_weights([read_projection(attrgetter(name)(layer)).base for name in names])
-    forward = _FusedForward(layer, row, shape, installed, last=last)
+    forward = _FusedForward(layer, row, shape, installed, number)
     override(layer, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs), installed._undo)
 
 

@@ -196,7 +196,6 @@ REBUILT_WITH = {
     "before1": "gate_up",
     "u_gate_up": "gate_up",
     "behind0": "middle",
-    "behind1": "middle",
 }
 """Small tensors that computing a stage again gives again, most of them out of the same GEMM. Those of the other two
 groups, u_output and u_down, would each take a pass over the widest rows for 32 bytes a token at rank 16."""

@@ -16,7 +16,7 @@ from tunesmith.models.adapter_math import adapter_a_gradient, add_dropped, outpu
 from tunesmith.models.layer_call import AllOperands, LayerCall, Stash, Weights, beside
 from tunesmith.models.layer_norms import Reader
 from tunesmith.models.layer_products import input_gradient, project_onto, project_with_adapters
-from tunesmith.models.layer_weights import Gradients, own_gradients
+from tunesmith.models.layer_weights import Gradients
 from tunesmith.models.projections import Operands, split_gradients
 
 
@@ -73,7 +73,7 @@ def _activated(call: LayerCall, stash: Stash, operands: AllOperands) -> Tensor:
 def mlp_forward(
     call: LayerCall, residual_TD: Tensor, stash: Stash, operands: AllOperands, weights: Weights
 ) -> Tensor:
-    """The residual stream after the MLP `[T, D]`; gate and up, the activation and what a norm reads into the stash."""
+    """The residual stream after the MLP `[T, D]`; into the stash gate and up, the activation, what a norm reads."""
     compute_gate_up(call, stash, operands, weights)
     act_TI = _activated(call, stash, operands)
     return onto(call, 1, residual_TD, act_TI, stash, operands.down, weights)
@@ -121,7 +121,7 @@ def mlp_backward(
         grad_a = adapter_a_gradient(act_TI, groups.down, grad_u, call.seeds[3])
         found.adapters["down"] = split_gradients(groups.down, grad_a, grad_b)
     if grad_down_TD is not None:
-        found.own["down"] = own_gradients(groups.down, grad_down_TD, act_TI)
+        found.put_own("down", groups.down, grad_down_TD, act_TI)
     del grad_act_TI, act_TI, grad_down_TD
     if operands.gate_up is not None:
         grad_u_gate_up, grad_b = output_gradients(

@@ -16,7 +16,7 @@ from tunesmith.kernels.layer_norm import layer_norm, layer_norm_backward
 from tunesmith.kernels.rms_norm import add_normed, rms_norm, rms_norm_backward
 from tunesmith.models.adapter_math import adapter_a_gradient, input_gradients
 from tunesmith.models.layer_call import LayerCall, LayerShape, Norm, Norms, Stash
-from tunesmith.models.layer_weights import Gradients, own_gradients
+from tunesmith.models.layer_weights import Gradients
 from tunesmith.models.projections import Group, Operands, split_gradients
 
 # ---------------------------------------------------------------------- kinds of norms
@@ -79,7 +79,7 @@ class _Kind:
     backward: Callable[..., _Backward]
 
 
-_KINDS = {"rms": _Kind(_rms, _rms_backward), "layer": _Kind(_layer, _layer_backward)}
+KINDS = {"rms": _Kind(_rms, _rms_backward), "layer": _Kind(_layer, _layer_backward)}
 
 # ---------------------------------------------------------------------- before a block
 
@@ -89,7 +89,7 @@ def before(call: LayerCall, block: int, hidden_TD: Tensor, stash: Stash) -> Tens
     norm = call.norms[2 * block]
     if norm is None:
         return hidden_TD
-    normed_TD, stash.small[f"before{block}"] = _KINDS[call.shape.norm].forward(norm, hidden_TD, call.shape)
+    normed_TD, stash.small[f"before{block}"] = KINDS[call.shape.norm].forward(norm, hidden_TD, call.shape)
     return normed_TD
 
 
@@ -134,7 +134,7 @@ def through_before(
         grad_TD = grad_normed_TD.add_(add_TD)
     else:
         late = reader.operands is not None and grad_a is None
-        grad_TD, sums, rows_TD = _KINDS[call.shape.norm].backward(
+        grad_TD, sums, rows_TD = KINDS[call.shape.norm].backward(
             norm, grad_normed_TD, hidden_TD, stash.small[f"before{block}"], call.shape, add_TD,
             late or group.trains_weight,
         )  # fmt: skip
@@ -148,7 +148,7 @@ def through_before(
             grad_a = adapter_a_gradient(rows_TD, group, reader.grad_u_TQ, 0)
         found.adapters[reader.name] = split_gradients(group, grad_a, reader.grad_b_NR)
     if reader.grad_TN is not None:
-        found.own[reader.name] = own_gradients(group, reader.grad_TN, rows_TD)
+        found.put_own(reader.name, group, reader.grad_TN, rows_TD)
     return grad_TD
 
 
@@ -201,7 +201,7 @@ def through_behind(call: LayerCall, block: int, grad_TD: Tensor, stash: Stash, f
         return grad_TD if shape.residual_multiplier == 1.0 else grad_TD * shape.residual_multiplier
     branch_TD = stash.large.pop(f"branch{block}")
     stats_T = stash.small[f"behind{block}"]
-    grad_branch_TD, sums, _ = _KINDS[shape.norm].backward(
+    grad_branch_TD, sums, _ = KINDS[shape.norm].backward(
         norm, grad_TD, branch_TD, stats_T, shape, None, False
     )
     if sums:

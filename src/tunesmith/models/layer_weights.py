@@ -34,21 +34,28 @@ def node_parameters(groups: Groups, norms: Norms) -> list[Tensor]:
         found += own_parameters(group)
     for norm in norms:
         if norm is not None:
-            found += (
-                getattr(norm.module, name)
-                for name, trains in (("weight", norm.trains_weight), ("bias", norm.trains_bias))
-                if trains
-            )
+            found += _norm_parameters(norm)
     return found
+
+
+def _norm_parameters(norm: Norm) -> list[Tensor]:
+    trained = (("weight", norm.trains_weight), ("bias", norm.trains_bias))
+    return [getattr(norm.module, name) for name, trains in trained if trains]
 
 
 @dataclass(slots=True)
 class Gradients:
-    """Gradients of one layer, collected by the names of its groups and its norms."""
+    """Gradients of one layer, collected by the names of its groups and its norms.
+
+    Attributes:
+        wide: whether those of weights, biases and norms stay in the type that sums are kept in, because those of
+            other tokens are yet to be added.
+    """
 
     adapters: dict[str, list[Tensor]] = field(default_factory=dict)
     own: dict[str, list[Tensor]] = field(default_factory=dict)
     norms: dict[str, list[Tensor]] = field(default_factory=dict)
+    wide: bool = False
 
     def in_order(self) -> list[Tensor]:
         """All of them, in the order of `node_parameters`."""
@@ -64,20 +71,48 @@ class Gradients:
         """Take the gradients of a norm's weight and, where there is one, its bias, as they were summed."""
         wanted = (norm.trains_weight, norm.trains_bias)
         self.norms[name] = [
-            grad_D.to(parameter.dtype)
+            grad_D if self.wide else grad_D.to(parameter.dtype)
             for grad_D, parameter, trains in zip(sums_D, (norm.weight, norm.bias), wanted, strict=False)
             if trains and parameter is not None
         ]
 
+    def put_own(self, name: str, group: Group, grad_TN: Tensor, x_TK: Tensor | None) -> None:
+        """Take ∂W and ∂b of what trains in a group, in the order of `own_parameters`.
 
-def own_gradients(group: Group, grad_TN: Tensor, x_TK: Tensor | None) -> list[Tensor]:
-    """∂W and ∂b of what trains in a group, in the order of `own_parameters` and in its types.
+        Args:
+            grad_TN: gradient of what the group wrote, without the adapters' columns; rows may be strided.
+            x_TK: the rows that it read; may be None where only biases train.
+        """
+        self.own[name] = _own_gradients(group, grad_TN, x_TK, self.wide)
 
-    Args:
-        grad_TN: gradient of what the group wrote, without the adapters' columns; rows may be strided.
-        x_TK: the rows that it read; may be None where only biases train.
-    """
-    weights, biases = _weights(group, grad_TN, x_TK), _biases(group, grad_TN)
+    def add(self, others: Gradients) -> None:
+        """Add those of other tokens, in the type that sums are kept in."""
+        for mine, theirs in (
+            (self.adapters, others.adapters), (self.own, others.own), (self.norms, others.norms),
+        ):  # fmt: skip
+            for name, grads in theirs.items():
+                if name not in mine:
+                    mine[name] = [grad.to(accumulation_dtype(grad.dtype)) for grad in grads]
+                    continue
+                for total, grad in zip(mine[name], grads, strict=True):
+                    total += grad
+
+    def take(self, sums: Gradients, groups: Groups, norms: Norms) -> None:
+        """Take what others were added up to, each in the type of its parameter."""
+        for name, grads in sums.adapters.items():
+            self.adapters[name] = _like(grads, adapter_parameters(getattr(groups, name)))
+        for name, grads in sums.own.items():
+            self.own[name] = _like(grads, own_parameters(getattr(groups, name)))
+        for name, grads in sums.norms.items():
+            self.norms[name] = _like(grads, _norm_parameters(getattr(norms, name)))
+
+
+def _like(grads: list[Tensor], parameters: list[Tensor]) -> list[Tensor]:
+    return [grad.to(parameter.dtype) for grad, parameter in zip(grads, parameters, strict=True)]
+
+
+def _own_gradients(group: Group, grad_TN: Tensor, x_TK: Tensor | None, wide: bool) -> list[Tensor]:
+    weights, biases = _weights(group, grad_TN, x_TK, wide), _biases(group, grad_TN, wide)
     found: list[Tensor] = []
     for projection in group.projections:
         if projection.trains_weight:
@@ -87,12 +122,14 @@ def own_gradients(group: Group, grad_TN: Tensor, x_TK: Tensor | None) -> list[Te
     return found
 
 
-def _weights(group: Group, grad_TN: Tensor, x_TK: Tensor | None) -> Iterator[Tensor]:
+def _weights(group: Group, grad_TN: Tensor, x_TK: Tensor | None, wide: bool) -> Iterator[Tensor]:
     trained = [projection.trains_weight for projection in group.projections]
     if not any(trained):
         return
     assert x_TK is not None
     types = [projection.base.weight.dtype for projection in group.projections]
+    if wide:
+        types = [accumulation_dtype(dtype) for dtype in types]
     if all(trained) and len(set(types)) == 1:
         yield from product(grad_TN.T, x_TK, types[0]).to(types[0]).split(group.widths)
         return
@@ -101,10 +138,10 @@ def _weights(group: Group, grad_TN: Tensor, x_TK: Tensor | None) -> Iterator[Ten
             yield product(columns_TN.T, x_TK, dtype).to(dtype)
 
 
-def _biases(group: Group, grad_TN: Tensor) -> Iterator[Tensor]:
+def _biases(group: Group, grad_TN: Tensor, wide: bool) -> Iterator[Tensor]:
     if not any(projection.trains_bias for projection in group.projections):
         return
     sum_N = grad_TN.sum(0, dtype=accumulation_dtype(grad_TN.dtype))
     for projection, part_N in zip(group.projections, sum_N.split(group.widths), strict=True):
         if projection.trains_bias:
-            yield part_N.to(projection.base.bias.dtype)
+            yield part_N if wide else part_N.to(projection.base.bias.dtype)

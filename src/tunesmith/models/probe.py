@@ -143,7 +143,7 @@ def _saved_under_each(
     causal: CausalModel, autocast: torch.autocast, installed: Installed
 ) -> dict[str, float]:
     """Bytes that autograd keeps per token under each policy; what would be moved is not among them."""
-    before, offloader = installed.policy.name, installed.offloader
+    before, offloader = installed.policies, installed.offloader
     installed.offloader = Offloader(enabled=False)  # pinned memory for 64 tokens would serve nothing else
     try:
         saved = {}
@@ -152,5 +152,5 @@ def _saved_under_each(
             saved[name] = saved_bytes_per_token(causal, autocast)
     finally:
         installed.offloader = offloader
-        installed.set_policy(before)
+        installed.policies = before
     return saved

@@ -1,10 +1,11 @@
 """Ctrl-C and SIGTERM ask for a clean end: the step is finished, a checkpoint written, the exit code is 0.
 
-A second Ctrl-C ends at once.
+A step may take minutes, so the first Ctrl-C is answered at once; a second one ends at once.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -33,4 +34,7 @@ class StopRequest:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.requested and number == signal.SIGINT:
+            # past Python's own buffers, which the handler may have interrupted
+            os.write(2, b"\nstopping after this step; Ctrl-C once more ends at once\n")
         self.requested = True
