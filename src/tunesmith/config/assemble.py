@@ -15,7 +15,8 @@ import torch
 
 from tunesmith.config.cadence import count_steps, make_cadence
 from tunesmith.config.check_card import check_card
-from tunesmith.config.make_model import NewTokens, make_model
+from tunesmith.config.fit_run import Planned, planned_here, replanner_of
+from tunesmith.config.make_model import NewTokens, make_model, position_warnings
 from tunesmith.config.prepare_data import PreparedData, Progress, batch_plan, prepare_data
 from tunesmith.config.samples import make_sampler
 from tunesmith.contracts.errors import UserError
@@ -55,8 +56,9 @@ class Run:
         attention: the row of `models.attention.ATTENTION` in use.
         fit: what a micro-batch holds, and what is kept of it until backward.
         installed: which decoder layers run the hand-written computation; None on a CPU, where it is not faster.
+        planned: the plan that it follows; None where a token was measured instead.
         no_graphs: why no CUDA graphs are recorded, or None where they are.
-        warnings: kernels that failed their check on this card.
+        warnings: kernels that failed their check on this card, and rows longer than the model was made for.
     """
 
     settings: RunSettings
@@ -71,6 +73,7 @@ class Run:
     warnings: tuple[str, ...]
     trainer: Trainer
     store: CheckpointStore
+    planned: Planned | None = None
 
     @contextmanager
     def packed(self) -> Iterator[None]:
@@ -96,7 +99,7 @@ def _fit(
     data: PreparedData,
     installed: Installed | None,
 ) -> Fit:
-    """Measure what a token takes, choose what is kept of it, and make the layers do so."""
+    """Measure what a token takes, choose what is kept of it, and make the layers do so: where nothing is planned."""
     whole_rows = settings.train.packing or settings.data.streaming
     longest = settings.train.sequence_length if whole_rows else int(data.corpus.lengths.max())
     fit = fit_micro_batch(
@@ -202,6 +205,8 @@ def _identity(settings: RunSettings, data: PreparedData, causal: CausalModel) ->
     }
     if any(p.requires_grad and p.dtype == torch.bfloat16 for p in causal.model.parameters()):
         fixed["type of the trained weights"] = "bfloat16"  # `auto` may choose another on another card
+    if settings.model.rope_scaling is not None:
+        fixed["model.rope_scaling"] = plain["model"]["rope_scaling"]
     if settings.train.groups:
         fixed["train.groups"] = plain["train"]["groups"]
     if settings.data.mix.strategy != "concatenate":
@@ -263,11 +268,11 @@ def _schedule(settings: RunSettings, total_steps: int) -> Schedule:
 
 
 def _model_and_backend(
-    settings: RunSettings, device: torch.device, tokens: NewTokens
+    settings: RunSettings, device: torch.device, tokens: NewTokens, tell: Tell | None
 ) -> tuple[CausalModel, SingleDevice]:
     train = settings.train
     dtype = choose_dtype(settings.model.dtype, device)
-    model = make_model(settings, device, dtype, tokens)
+    model = make_model(settings, device, dtype, tokens, tell)
     causal = CausalModel(model, dtype)
     optimizer = build_optimizer(
         train.optimizer,
@@ -300,7 +305,7 @@ def assemble(
 
     Args:
         progress: called with a source's name and the number of its rows that are prepared.
-        tell: gets lines about downloads from addresses.
+        tell: gets lines about downloads from addresses and about the loading of weights.
 
     Raises:
         UserError: anything that the user can mend: data, model, disk, device.
@@ -323,16 +328,18 @@ def assemble(
     data = prepare_data(settings, tokenizer, progress, tell)
     total_steps = count_steps(settings, data)
     cadence = make_cadence(settings, data, total_steps)
-    causal, backend = _model_and_backend(settings, device, tokens)
+    causal, backend = _model_and_backend(settings, device, tokens, tell)
     _check_vocabulary(tokenizer, data, causal)
     installed, warnings = _fuse(causal, device)
+    warnings = (*warnings, *position_warnings(settings, causal.base.config))
     _check_policy(settings, device, installed)
     store = CheckpointStore(run_dir / "checkpoints", keep=settings.output.keep)
     _check_space(settings, store, causal, cadence)
     with packed_attention(causal.base, attention):
         with backend.autocast():
             check_packing(causal)
-        fit = _fit(settings, causal, backend, data, installed)
+        planned = planned_here(settings, causal, data, installed)
+        fit = planned.fit() if planned is not None else _fit(settings, causal, backend, data, installed)
         no_graphs = _record(settings, backend, installed, fit)
     trainer = Trainer(
         backend=backend,
@@ -349,8 +356,12 @@ def assemble(
         run_dir=run_dir,
         feed=data.feed,
         gauges=_gauges(settings),
+        replanner=replanner_of(settings, causal, backend, planned, fit.policy),
+        forecast=planned.forecast() if planned is not None and no_graphs is not None else None,
         sampler=make_sampler(settings, data, tokenizer, causal, backend, installed),
     )
+    warnings = (*warnings, *(planned.warnings() if planned is not None else ()))
     return Run(
-        settings, tokenizer, data, causal, attention, backend, fit, installed, no_graphs, warnings, trainer, store
+        settings, tokenizer, data, causal, attention, backend, fit, installed, no_graphs, warnings, trainer, store,
+        planned,
     )  # fmt: skip

@@ -169,6 +169,8 @@ def _resume(run: Run, console: Console) -> bool:
     if checkpoint is None:
         return False
     run.trainer.resume(checkpoint)
+    if run.planned is not None:
+        run.planned.regroup(run.trainer.grouping.max_tokens)
     return True
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tunesmith.settings.data import HeldOutSettings
 from tunesmith.settings.model import AdapterSettings
+from tunesmith.settings.rope import scaling_problems
 from tunesmith.settings.run import ParallelSettings, RunSettings
 
 Broken = tuple[tuple[str | int, ...], str, str]
@@ -244,6 +245,9 @@ def broken_rules(settings: RunSettings) -> Iterator[Broken]:
     for rule in (*RULES, *(STREAMING_RULES if settings.data.streaming else ())):
         if rule.broken(settings):
             yield rule.path, rule.found, rule.expected
+    scaling = settings.model.rope_scaling
+    for name, found, expected in scaling_problems(scaling.parameters()) if scaling is not None else ():
+        yield ("model", "rope_scaling", name), f"model.rope_scaling: {found}", expected
     for number, group in enumerate(settings.train.groups):
         if group.learning_rate is None and group.weight_decay is None:
             place = f"train.groups.{number}"

@@ -17,6 +17,7 @@ from tunesmith.data.proof import REASON as PREFIX
 if TYPE_CHECKING:
     from tunesmith.config.assemble import Run
     from tunesmith.config.result import RunResult
+    from tunesmith.planning.plan import Plan
     from tunesmith.settings.model import AdapterSettings
 
 
@@ -111,8 +112,10 @@ def data_lines(run: Run, *, training_only: bool = False) -> list[str]:
 _KEPT = {
     "keep_all": "all activations kept",
     "keep": "activations kept",
+    "keep_offload_attention": "gate and up kept, other activations in host memory",
     "recompute_gate_up": "gate and up recomputed in backward",
     "offload_attention": "activations in host memory, gate and up recomputed in backward",
+    "recompute_projections": "q, k, v, gate and up recomputed in backward",
     "recompute": "layers recomputed in backward",
     "offload": "layer inputs in host memory, layers recomputed in backward",
 }
@@ -146,11 +149,30 @@ def _plan_lines(run: Run) -> list[str]:
     )
     held = counted(len(run.data.held_out_N), "row" if run.data.documents_are_rows else "document")
     steps = counted(run.trainer.cadence.total_steps, "step")
+    planned = run.planned.plan if run.planned is not None else None
+    kept = _KEPT[run.fit.policy] if planned is None else _strip(planned)
     return [
         f"{_rows_line(run)}; {held} held out",
         f"{steps} of {counted(batch, 'row') if isinstance(batch, int) else batch}; "
-        f"micro-batches of {micro}, {_KEPT[run.fit.policy]}; {run.attention} attention",
+        f"micro-batches of {micro}, {kept}; {run.attention} attention",
+        *([_foreseen(planned)] if planned is not None else []),
     ]
+
+
+def _strip(plan: Plan) -> str:
+    """What layers keep, from the first to the last."""
+    if len(plan.strip) == 1:
+        return _KEPT[plan.policies[0]]
+    return "layers " + ", ".join(f"{count} × {name}" for name, count in plan.strip)
+
+
+def _foreseen(plan: Plan) -> str:
+    """Memory and time by the plan."""
+    host = f", {plan.host_bytes / 2**30:.1f} GiB of the host" if plan.host_bytes else ""
+    return (
+        f"foreseen: at most {plan.peak_bytes / 2**30:.1f} of {plan.budget_bytes / 2**30:.1f} GiB{host}; "
+        f"{plan.step_seconds:.3g} s a step of full rows, {plan.tokens_per_second:,.0f} tokens/s"
+    )
 
 
 def _graphs(run: Run) -> str:

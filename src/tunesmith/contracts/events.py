@@ -67,6 +67,22 @@ class Measured(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Compared(Event):
+    """What the plan of the run foresaw, beside what its first steps took.
+
+    `planned_gib` and `measured_gib` are peaks of allocated memory, `reserved_gib` what the allocator holds for them;
+    tokens a second are those of steps.
+    """
+
+    kind: ClassVar[str] = "plan"
+    planned_gib: float
+    measured_gib: float
+    reserved_gib: float
+    planned_tokens_per_second: float
+    measured_tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated(Event):
     """The held-out loss was measured: the mean, and that of each source where there are several."""
 

@@ -106,6 +106,11 @@ class SingleDevice:
             self._graphs = (loss, MicroBatchGraphs(self._parameters(), self.device, run))
         return self._graphs[1]
 
+    def discard(self) -> None:
+        """Clear the gradients without an update, and forget recorded graphs."""
+        self._graphs = None
+        self.optimizer.zero_grad(set_to_none=True)
+
     def _zero_grad(self) -> None:
         if self._graphs is None or not self._graphs[1].zero_grad():
             self.optimizer.zero_grad(set_to_none=True)

@@ -36,9 +36,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tunesmith.planning.policies import HELD
+
 STAGES = ("qkv", "attention", "middle", "gate_up", "act")
 
-_HALF = frozenset({"qkv", "attention", "middle"})
 _INPUT = frozenset({"input"})
 
 
@@ -63,18 +64,6 @@ class Policy:
         assert "act" not in self.keep or "gate_up" in self.keep
 
 
-POLICIES: dict[str, Policy] = {
-    policy.name: policy
-    for policy in (
-        Policy("keep_all", frozenset(STAGES)),
-        Policy("keep", _HALF | {"gate_up"}),
-        Policy("keep_offload_attention", _HALF | {"gate_up"}, offload=_HALF | _INPUT),
-        Policy("recompute_gate_up", _HALF),
-        Policy("offload_attention", _HALF, offload=_HALF | _INPUT),
-        Policy("recompute_projections", frozenset({"attention", "middle"})),
-        Policy("recompute", frozenset()),
-        Policy("offload", frozenset(), offload=_INPUT),
-    )
-}
+POLICIES: dict[str, Policy] = {name: Policy(name, held.keep, held.moved) for name, held in HELD.items()}
 """Fastest first, on a card whose host link is as fast as that of an H100. Of those that move nothing to the host each
 needs less GPU memory than the one before, and so does each of those that do."""

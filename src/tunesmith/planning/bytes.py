@@ -236,5 +236,3 @@ def host_bytes(model: ModelFacts, work: Work, policies: Sequence[str]) -> int:
     return sum(
         layer_bytes(layer, work, policy).moved for layer, policy in zip(model.layers, policies, strict=True)
     )
-
-

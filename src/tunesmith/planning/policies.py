@@ -1,7 +1,6 @@
-"""What each policy of a layer holds and moves, for whoever plans. Torch-free.
+"""What each policy of a layer holds and moves. Torch-free.
 
-The rows are those of `models.policy.POLICIES`, which says what they mean and why there are these; planning lies below
-the models and must not import them. A test holds the two equal.
+`models.policy` makes its policies of these rows, and says what they mean and why there are these.
 """
 
 from __future__ import annotations

@@ -41,6 +41,9 @@ Chain = tuple[str, "Chain"] | None
 State = tuple[float, float, Chain]
 """(bytes kept so far, seconds so far, how)."""
 
+ROUNDING = 1e-12
+"""Sums of seconds depend on their order by less than this share."""
+
 GRID = 16
 """Steps in which counts of layers are tried where two policies move tensors to the host."""
 
@@ -233,18 +236,20 @@ class Search:
         spreads = [max(s) - min(s) for s in ([w.seconds for _, w in ways] for ways in self._ways)]
         allowance = max(max(spreads) / 4, 1e-9)
         longest, left = self._longest[prefix.count], limit - prefix.seconds
+        target = min(bound + allowance, left)
         while True:
-            target = min(bound + allowance, left)
             found = self._within(prefix, slope, target)
-            if found is not None:
+            if found is not None and found[0] <= target * (1 + ROUNDING):
                 seconds = prefix.seconds + found[0]
                 return (seconds, found[1]) if seconds < limit else None
             if target >= min(longest, left):
                 return None
+            # one that is slower than the target is a solution, and perhaps not the best: some were left out
             allowance *= 2
+            target = min(bound + allowance, left) if found is None else min(found[0], left)
 
     def _within(self, prefix: Prefix, slope: float, target: float) -> tuple[float, list[str]] | None:
-        """The fastest layers after a prefix among those that take no more than `target`."""
+        """The fastest layers after a prefix; if there are any that take no more than `target`, it is one of them."""
         frame = self._frame
         states: list[State] = [(prefix.kept, 0.0, None)]
         for number in range(prefix.count, frame.count):
@@ -263,7 +268,7 @@ class Search:
         backward_room = self._room - frame.backward[number]
         behind = self._tails[slope][number + 1]
         head_room = self._most - self._least_kept[number + 1]
-        target += 1e-12 * abs(target)  # sums of floating-point numbers depend on their order
+        target += ROUNDING * abs(target)
         for name, way in self._ways[number]:
             room = min(
                 forward_room - way.forward, backward_room - way.backward - way.kept, head_room - way.kept
@@ -312,5 +317,5 @@ def _slopes(ways: Sequence[tuple[str, Way]]) -> Iterator[float]:
         if rich.kept > lean.kept and rich.seconds < lean.seconds:
             slope = (lean.seconds - rich.seconds) / (rich.kept - lean.kept)
             least = min(way.seconds + slope * way.kept for _, way in ways)
-            if lean.seconds + slope * lean.kept <= least * (1 + 1e-12):
+            if lean.seconds + slope * lean.kept <= least * (1 + ROUNDING):
                 yield slope

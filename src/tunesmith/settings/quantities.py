@@ -1,4 +1,4 @@
-"""Quantities with a unit in a run file, `32768 tokens` and `30 minutes`: what they look like and what they are."""
+"""Quantities with a unit in a run file, `32768 tokens`, `30 minutes`, `24 GiB`: how they look and what they are."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pydantic import AfterValidator, Field, WithJsonSchema
 
 _TOKENS = re.compile(r"^\s*(\d[\d_]*)\s*tokens\s*$")
 _TIME = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(second|minute|hour)s?\s*$")
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(MiB|GiB|GB)\s*$")
+_BYTES = {"MiB": 2**20, "GiB": 2**30, "GB": 10**9}
 _SECONDS = {"second": 1.0, "minute": 60.0, "hour": 3600.0}
 
 
@@ -26,6 +28,13 @@ def _check_time(value: str) -> str:
     return value
 
 
+def _check_size(value: str) -> str:
+    match = _SIZE.match(value)
+    if match is None or float(match.group(1)) * _BYTES[match.group(2)] < 2**20:
+        raise ValueError("a size such as '24 GiB'")
+    return value
+
+
 Count = Annotated[int, Field(ge=1)]
 """A number of steps or rows."""
 
@@ -38,6 +47,15 @@ Time = Annotated[
     str, AfterValidator(_check_time), WithJsonSchema({"type": "string", "pattern": _TIME.pattern})
 ]
 """A time such as `30 minutes`."""
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+"""A part of a whole, 1 for all of it."""
+
+Size = Annotated[
+    str, AfterValidator(_check_size), WithJsonSchema({"type": "string", "pattern": _SIZE.pattern})
+]
+"""Memory such as `24 GiB`."""
 
 
 def tokens_of(value: int | str | None) -> int | None:
@@ -56,3 +74,12 @@ def seconds_of(value: int | str | None) -> float | None:
     match = _TIME.match(value)
     assert match is not None, "validated by the settings"
     return float(match.group(1)) * _SECONDS[match.group(2)]
+
+
+def share_or_bytes(value: float | str) -> float:
+    """A share as it is, and the bytes that `'24 GiB'` says."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.match(value)
+    assert match is not None, "validated by the settings"
+    return float(int(float(match.group(1)) * _BYTES[match.group(2)]))

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema
 from tunesmith.settings.base import Section
 from tunesmith.settings.data import DataSettings
 from tunesmith.settings.model import AdapterSettings, ModelSettings, Patterns
-from tunesmith.settings.quantities import Count, Time, TokenCount
+from tunesmith.settings.quantities import Count, Share, Size, Time, TokenCount
 
 
 class ObjectiveSettings(Section):
@@ -133,7 +133,15 @@ class TrainSettings(Section):
 
 
 PolicyName = Literal[
-    "auto", "keep_all", "keep", "recompute_gate_up", "offload_attention", "recompute", "offload"
+    "auto",
+    "keep_all",
+    "keep",
+    "keep_offload_attention",
+    "recompute_gate_up",
+    "offload_attention",
+    "recompute_projections",
+    "recompute",
+    "offload",
 ]
 
 
@@ -142,10 +150,18 @@ class MemorySettings(Section):
 
     policy: PolicyName = "auto"
     """What is held, fastest first: `keep_all`: every activation; `keep`: all but the gated activation, which backward
-    comes by anyway; `recompute_gate_up`: all but gate and up as well, which are computed again; `offload_attention`:
-    the same, in host memory; `recompute`: each layer's input, and the layer runs again; `offload`: the same, in host
-    memory. `auto`: the first of them under which a row fits. All but `keep` and `recompute` need a GPU and fused
-    layers."""
+    comes by anyway; `keep_offload_attention`: the same, all but gate and up in host memory; `recompute_gate_up`: all
+    but gate and up as well, which are computed again; `offload_attention`: the same, in host memory;
+    `recompute_projections`: what attention gave and the stream behind it, so that attention alone is not computed
+    again; `recompute`: each layer's input, and the layer runs again; `offload`: the same, in host memory. `auto`: on
+    a GPU with fused layers one for each layer, such that a step takes the least time within `budget`; elsewhere the
+    first of them under which a row fits. All but `keep` and `recompute` need a GPU and fused layers."""
+    budget: Share | Size = 0.92
+    """Memory of the GPU that the run may use: a share of all that the card has, or a size such as `24 GiB`. What is
+    left of it is for the driver and for gaps between allocations."""
+    on_oom: Literal["replan", "stop"] = "replan"
+    """What happens where a step runs out of GPU memory all the same. `replan`: the same step is made again under a
+    leaner layout of what `policy` and `train.micro_batch` leave at `auto`. `stop`: the run ends."""
 
 
 class ParallelSettings(Section):

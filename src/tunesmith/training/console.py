@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from tunesmith.contracts.events import (
+    Compared,
     Evaluated,
     Event,
     Finished,
@@ -57,6 +58,7 @@ class ConsoleView:
         self._handlers: dict[type[Event], Callable[..., None]] = {
             Started: self._started,
             Stepped: self._stepped,
+            Compared: self._compared,
             Evaluated: self._evaluated,
             Measured: self._measured,
             Sampled: self._sampled,
@@ -111,6 +113,15 @@ class ConsoleView:
         self._print(
             f"step {event.step}/{figures.total} · loss {loss} · lr {event.learning_rate:.2e} · "
             f"{figures.rate:,.0f} tokens/s · {event.memory_gib:.1f} GiB · {duration(left)} left"
+        )
+
+    def _compared(self, event: Compared) -> None:
+        off = event.measured_gib / event.planned_gib - 1
+        self._print(
+            f"planned and measured: {event.planned_gib:.1f} and {event.measured_gib:.1f} GiB ({off:+.1%}, "
+            f"{event.reserved_gib:.1f} reserved), {event.planned_tokens_per_second:,.0f} and "
+            f"{event.measured_tokens_per_second:,.0f} tokens/s",
+            style="dim",
         )
 
     def _evaluated(self, event: Evaluated) -> None:

@@ -10,9 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tunesmith.contracts.batch import TokenBatch
+from tunesmith.contracts.errors import UserError
 from tunesmith.distributed.backend import Backend
 from tunesmith.models.head import CausalModel
 from tunesmith.objectives.api import Objective
@@ -58,6 +60,12 @@ class StepResult:
     squares: Squares | None = None
 
 
+def first_sentence(error: torch.OutOfMemoryError) -> str:
+    """`CUDA out of memory. Tried to allocate 2.00 GiB`, of a message that goes on for lines."""
+    lines = str(error).splitlines() or ["out of memory"]
+    return ". ".join(lines[0].split(". ")[:2]).rstrip(".")
+
+
 def train_step(
     backend: Backend,
     micro_batches: Sequence[TokenBatch],
@@ -65,10 +73,24 @@ def train_step(
     max_grad_norm: float | None,
     wanted: Wanted = NOTHING,
 ) -> StepResult:
-    """Accumulate the gradients of one step, measure what is wanted of them, check them, clip them, apply them."""
+    """Accumulate the gradients of one step, measure what is wanted of them, check them, clip them, apply them.
+
+    Raises:
+        OutOfMemoryError: of torch, before anything is applied.
+        UserError: the update itself ran out of memory.
+    """
     gradients = backend.forward_backward(micro_batches, loss, squares=wanted.noise)
     squares = squares_of(backend, gradients) if any(wanted) else None
-    update = backend.clip_and_step(gradients, max_grad_norm)
+    try:
+        update = backend.clip_and_step(gradients, max_grad_norm)
+    except torch.OutOfMemoryError as error:
+        # some weights may have moved, so it is not made again; activations are gone, and leaner ones would not help
+        raise UserError(
+            f"The update ran out of the device's memory: {first_sentence(error)}.",
+            hint="The optimizer's state is too large beside the weights: use train.optimizer: adamw_8bit, "
+            "model.quantize: nf4 or a smaller adapter. The last checkpoint is whole.",
+            exit_code=1,
+        ) from error
     mean = sum(update.losses)  # not fsum, which refuses infinities of both signs
     fault = None
     if not math.isfinite(mean):

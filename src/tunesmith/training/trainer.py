@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,13 @@ from tunesmith.training.cadence import (
 )
 from tunesmith.training.checkpoint import Checkpoint, CheckpointStore
 from tunesmith.training.evaluate import held_out_loss
+from tunesmith.training.foresight import Forecast, Foresight, allocated
 from tunesmith.training.guard import fault_error, write_fault
 from tunesmith.training.interrupt import StopRequest
 from tunesmith.training.metrics import memory_gib, peak_memory_gib
-from tunesmith.training.noise_scale import Gauges
+from tunesmith.training.noise_scale import Gauges, Wanted
 from tunesmith.training.optim import Schedule
+from tunesmith.training.replan import OutOfRoomError, Replanner
 from tunesmith.training.sample import Sampler
 from tunesmith.training.snapshot import restore_snapshot, take_snapshot
 from tunesmith.training.step import ObjectiveLoss, StepResult, train_step
@@ -66,6 +69,8 @@ class Trainer:
         feed: where the steps come from; by default the documents `train_N` of the corpus.
         sampler: asks the model for sample answers; None does not.
         gauges: what is measured of the gradients; None measures nothing.
+        replanner: makes a step again that runs out of the device's memory; None does not.
+        forecast: what the plan says of steps on a GPU, to be compared with the first of them.
     """
 
     def __init__(
@@ -86,6 +91,8 @@ class Trainer:
         feed: Feed | None = None,
         sampler: Sampler | None = None,
         gauges: Gauges | None = None,
+        replanner: Replanner | None = None,
+        forecast: Forecast | None = None,
     ) -> None:
         self.backend, self.loss, self.corpus = backend, loss, corpus
         self.train_N, self.held_out_N, self.plan, self.grouping = train_N, held_out_N, plan, grouping
@@ -94,7 +101,10 @@ class Trainer:
         self.feed = feed if feed is not None else TableFeed(corpus, train_N, plan)
         self.sampler = sampler
         self.gauges = gauges if gauges is not None else Gauges()
+        self.replanner = replanner
         self.observers: list[Observer] = []  # receive every event
+        if forecast is not None:
+            self.observers.append(Foresight(forecast, self._emit, partial(allocated, backend.device)))
         self.step = 0
         self.position = Position()
         self.evals: dict[int, float] = {}
@@ -183,16 +193,9 @@ class Trainer:
 
     def _run_step(self, data: Step) -> None:
         started = time.monotonic()
-        groups = micro_batches(
-            data.corpus,
-            data.rows,
-            rows_per_batch=self.grouping.rows_per_batch,
-            max_tokens=self.grouping.max_tokens,
-        )
-        batches = [collate(data.corpus, documents) for documents in groups]
         rate = self.schedule.apply(self.backend.optimizer, self.step)
         wanted = self.gauges.wanted(self.step + 1)
-        result = train_step(self.backend, batches, self.loss, self.cadence.max_grad_norm, wanted)
+        batches, result = self._make_step(data, wanted)
         self.step += 1
         before, self.position = self.position, data.position
         self._report_step(batches, result, rate, data.epochs, time.monotonic() - started)
@@ -202,6 +205,39 @@ class Trainer:
                 self._emit(event)
         if result.fault is not None:
             self._handle_fault(result, batches, data, before)
+
+    def _groups(self, data: Step) -> list[list[int]]:
+        rows, tokens = self.grouping.rows_per_batch, self.grouping.max_tokens
+        return list(micro_batches(data.corpus, data.rows, rows_per_batch=rows, max_tokens=tokens))
+
+    def _make_step(self, data: Step, wanted: Wanted) -> tuple[list[TokenBatch], StepResult]:
+        """The micro-batches of a step and what it did; made again where it runs out of memory."""
+
+        def attempt() -> tuple[list[TokenBatch], StepResult]:
+            batches = [collate(data.corpus, documents) for documents in self._groups(data)]
+            return batches, train_step(self.backend, batches, self.loss, self.cadence.max_grad_norm, wanted)
+
+        def sizes() -> tuple[int, int]:
+            lengths_N = data.corpus.lengths
+            largest, longest = (
+                max(int(lengths_N[list(documents)].sum()) for documents in parts)
+                for parts in (self._groups(data), data.rows)
+            )
+            return largest, longest
+
+        def regroup(max_tokens: int) -> None:
+            self.grouping = MicroBatching(self.grouping.rows_per_batch, max_tokens)
+
+        if self.replanner is None:
+            return attempt()
+        try:
+            return self.replanner.make(
+                attempt, step=self.step + 1, sizes=sizes, regroup=regroup, warn=self._warn
+            )
+        except OutOfRoomError:
+            if self.step and self._saved_at != self.step:
+                self._save()  # what was learned before
+            raise
 
     def _handle_fault(
         self, result: StepResult, batches: list[TokenBatch], data: Step, before: Position
