@@ -12,10 +12,10 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 export PYTHON WHEELS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo setup-docs demo docs test test-slow lint types contracts format clean
+.PHONY: help setup setup-demo setup-docs setup-trackers demo docs test test-slow lint types contracts format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 setup: ## make .venv with the tunesmith command and the tools; a second call takes no time
 	@bash scripts/setup.sh
@@ -25,6 +25,9 @@ setup-demo: ## setup, and the small model that the demo trains (93 MB)
 
 setup-docs: setup ## setup, and what makes the documentation
 	@bash scripts/setup.sh docs
+
+setup-trackers: setup ## setup, and MLflow and Trackio, whose tests are skipped without
+	@bash scripts/setup.sh trackers
 
 demo: setup-demo ## fine-tune the small model on this machine, no account and no hub needed
 	@$(BIN)/tunesmith demo

@@ -2,9 +2,10 @@
 # Makes .venv with the `tunesmith` command, all extras and the developers' tools, at the versions in
 # constraints.txt.
 #
-#   scripts/setup.sh         the environment
-#   scripts/setup.sh demo    and the small model that `tunesmith demo` trains
-#   scripts/setup.sh docs    and what `make docs` needs
+#   scripts/setup.sh             the environment
+#   scripts/setup.sh demo        and the small model that `tunesmith demo` trains
+#   scripts/setup.sh docs        and what `make docs` needs
+#   scripts/setup.sh trackers    and MLflow and Trackio
 #
 # From the environment: PYTHON (the interpreter), WHEELS (a folder of wheels to prefer).
 # A stamp in .venv holds a hash of what the environment was made from, so a second call returns at once.
@@ -108,7 +109,7 @@ requirements() {
 with open("pyproject.toml", "rb") as file:
     table = tomllib.load(file)
 extras = table["project"]["optional-dependencies"]
-wanted = [extras[name] for name in ("plot", "gguf", "optimizers", "trl", "tensorboard", "mlflow", "trackio")]
+wanted = [extras[name] for name in ("plot", "gguf", "optimizers", "trl", "tensorboard")]
 print(*table["project"]["dependencies"], *sum(wanted, []), *table["dependency-groups"]["dev"], sep="\n")'
 }
 
@@ -159,10 +160,24 @@ install_demo_model() {
 install_docs() {
     [ ! -x "$venv/bin/sphinx-build" ] || return 0
     say "what makes the documentation"
+    install_listed group docs
+}
+
+# Two trackers whose packages are large; without them their tests are skipped.
+install_trackers() {
+    say "MLflow and Trackio"
+    install_listed extra mlflow trackio
+}
+
+# What groups or extras of pyproject.toml ask for: install_listed group|extra NAME...
+install_listed() {
     local wanted
-    wanted=$("$venv/bin/python" -c 'import tomllib
+    wanted=$("$venv/bin/python" -c 'import sys, tomllib
 with open("pyproject.toml", "rb") as file:
-    print(*tomllib.load(file)["dependency-groups"]["docs"], sep="\n")')
+    table = tomllib.load(file)
+kind, *names = sys.argv[1:]
+lists = table["dependency-groups"] if kind == "group" else table["project"]["optional-dependencies"]
+print(*(line for name in names for line in lists[name]), sep="\n")' "$@")
     local lines=()
     while IFS= read -r line; do lines+=("$line"); done <<<"$wanted"
     pip -c constraints.txt "${lines[@]}"
@@ -177,3 +192,4 @@ fi
 is_current || build
 [ "${1:-}" != demo ] || install_demo_model
 [ "${1:-}" != docs ] || install_docs
+[ "${1:-}" != trackers ] || install_trackers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +12,14 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 import pytest
 
 from tests.support.tiny import save_tiny_model
+
+
+@pytest.fixture(autouse=True)
+def _same_environment() -> Iterator[None]:
+    """`datasets` puts a copy in the place of `os.environ` after a map in several processes; rich reads the first."""
+    before = os.environ
+    yield
+    os.environ = before  # noqa: B003
 
 
 @pytest.fixture(autouse=True)

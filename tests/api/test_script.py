@@ -48,7 +48,10 @@ def test_the_example(wide_model_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not ARTICLE.is_file(), reason="the article's script is not part of the repository")
-@pytest.mark.parametrize("first", ["torch", "tunesmith", "transformers"])
+@pytest.mark.parametrize(
+    "first",
+    ["tunesmith", *(pytest.param(name, marks=pytest.mark.slow) for name in ("torch", "transformers"))],
+)
 def test_the_script_of_the_article(wide_model_dir: Path, tmp_path: Path, first: str) -> None:
     text = ARTICLE.read_text(encoding="utf-8")
     ours = "from tunesmith import FastLanguageModel, SFTTrainer\n"

@@ -48,6 +48,7 @@ def tiny(*systems: str, **changes: Any) -> Case:
     return Case("tiny", "lora", 2, 64, systems, **({"steps": 2, "warm": 1, "expected": 20} | changes))
 
 
+@pytest.mark.slow
 def test_end_to_end(run, tmp_path):
     cases = {"small": tiny("tunesmith-keep", "stock", "absent")}
     systems = SYSTEMS | {"absent": System(FAKE, "kept", needs=("no_such_package",))}

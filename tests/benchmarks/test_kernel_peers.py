@@ -232,6 +232,7 @@ def test_q_and_k_are_the_heads_of_the_fused_buffer() -> None:
 # ---------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_the_command_compares_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "kernels.md"
 
