@@ -21,8 +21,8 @@ from tunesmith.training.quiet import quiet_imports
 
 app = typer.Typer(
     name="tunesmith",
-    help="Fine-tune large language models from one YAML file.",
-    epilog="Start with `tunesmith demo`, or `tunesmith init`.",
+    # one line for what it is and how to start: with two the help would be longer than a screen
+    epilog="Fine-tunes large language models from one YAML file. Start with `tunesmith demo`.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -56,7 +56,7 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(help="")
 def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
@@ -65,7 +65,7 @@ def _main(
         bool, typer.Option("--debug", help="Show the traceback of an error (any command).")
     ] = False,
 ) -> None:
-    """Fine-tune large language models from one YAML file."""
+    """What goes before a command."""
 
 
 @app.command(epilog="Example: tunesmith init run.yaml --model Qwen/Qwen3-0.6B --data train.jsonl")
