@@ -44,8 +44,20 @@ def _launches(
     return found
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("name", CATALOG)
+LONG = ("packed_attention", "packed_attention_backward")
+"""They take ptxas ten to thirty seconds each: most of their variants are compiled by hand."""
+
+
+def _variants(fast, *others):
+    """(kernel, variant) for all kernels; those that take long under `fast` alone, unless slow tests are asked for."""
+    return [
+        pytest.param(name, variant, marks=[pytest.mark.slow] if name in LONG and variant != fast else [])
+        for name in CATALOG
+        for variant in (fast, *others)
+    ]
+
+
+@pytest.mark.parametrize(("name", "capability"), _variants(90, 80, 100))
 def test_kernels_of_real_sizes_compile(name, capability):
     for launch, size in _launches(name, CATALOG[name].large, torch.bfloat16, capability).items():
         compiled = compile_for(launch, capability)
@@ -59,8 +71,11 @@ def test_kernels_of_real_sizes_compile(name, capability):
             assert used[1] == 0, f"{launch.name} spills {used[1]} bytes at {used[0]} registers: {size}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CATALOG)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    _variants(torch.bfloat16, *(dtype for dtype in DTYPES if dtype != torch.bfloat16)),
+    ids=str,
+)
 def test_kernels_of_odd_sizes_compile_in_every_type(name, dtype):
     for launch in _launches(name, CATALOG[name].small, dtype):
         compile_for(launch, 90)

@@ -247,6 +247,7 @@ def test_micro_batches_part_a_step_evenly_and_are_few():
     assert len(many) < 20
 
 
+@pytest.mark.slow  # a time, which a busy machine does not keep
 def test_eighty_layers_take_less_than_a_second():
     layer = LayerFacts(hidden=8192, inner=28_672, heads=64, kv_heads=8, head_dim=128, rotary_dim=128)
     facts, asked = model(*[layer] * 80), request(2, work={"quantize": "nf4"})
