@@ -17,8 +17,8 @@ from tunesmith.config.load import load_settings
 from tunesmith.config.tracking import refuse_missing_trackers, tracked_settings
 from tunesmith.contracts.errors import ConfigError, UserError
 from tunesmith.contracts.events import Evaluated, Event, Finished, Sampled, Started, Stepped
-from tunesmith.contracts.secrets import without_secrets
 from tunesmith.settings.run import TrackerName
+from tunesmith.settings.secrets import without_secrets
 from tunesmith.training import trackers as module
 from tunesmith.training.metrics import EventLog, read_events
 from tunesmith.training.tracker_rows import TRACKERS, Opened, Place, Tracker
@@ -270,7 +270,7 @@ def test_a_tracker_that_cannot_be_opened_is_a_warning_without_the_password(memor
     part.run(_step(1))
 
     assert [event.message for event in part.recorder.of("warning")] == [
-        "output.track: memory could not be opened (ConnectionError: no route to https://host/api); "
+        "output.track: memory could not be opened (ConnectionError: no route to https://…@host/api?key=…); "
         "the run goes on without it."
     ]
     assert part.said == []
@@ -302,7 +302,7 @@ def test_a_tracker_that_cannot_end_its_run_is_a_warning(memory, tmp_path):
 def test_a_missing_package_is_refused_with_its_extra(tiny_model_dir, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        "tunesmith.config.tracking.find_spec",
+        "tunesmith.contracts.installed.find_spec",
         lambda name: None if name in ("wandb", "comet_ml") else found(name),
     )
     settings = load_settings(run_settings(tiny_model_dir, tmp_path, output={"track": ["wandb", "comet"]}))
@@ -335,7 +335,7 @@ def test_settings_are_flat_and_have_no_secrets(tiny_model_dir, tmp_path, monkeyp
     flat = tracked_settings(load_settings(settings))
 
     assert flat["train.learning_rate"] == 5.0e-3
-    assert flat["data.train.0.path"] == "https://host/rows.jsonl"
+    assert flat["data.train.0.path"] == "https://…@host/rows.jsonl?sig=…"
     assert flat["data.train.0.columns.prompt"] == "q"
     assert flat["adapter.targets"] == '["q_proj", "v_proj"]'
     assert flat["adapter.new_tokens"] == '["<call>"]'
@@ -357,13 +357,17 @@ def test_what_names_a_secret_is_not_shown():
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("s3://key:secret@bucket/rows", "s3://bucket/rows"),
-        ("see https://host/a?token=1#b and rows.jsonl", "see https://host/a and rows.jsonl"),
+        ("s3://key:secret@bucket/rows", "s3://…@bucket/rows"),
+        ("see https://host/a?token=1#b and rows.jsonl", "see https://host/a?token=… and rows.jsonl"),
         ("rows.jsonl:12", "rows.jsonl:12"),
-        ("https://[half", "(not shown)"),
+        ("https://[half", "https://…"),
+        ("https://user:pass/word@host/x", "https://…"),
+        ("<https://me:wo<rd@host/a>", "<https://…@host/a>"),
+        ("https://me:unusual-token@host/a?sig=1", "https://…@host/a?sig=…"),
     ],
 )
-def test_addresses_lose_what_logs_in(text, shown):
+def test_addresses_lose_what_logs_in(text, shown, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "unusual-token")
     assert without_secrets(text) == shown
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from tunesmith.cli.plan_picture import COLORS, draw_png, layers_of, memory_svg
@@ -19,7 +18,9 @@ from tunesmith.cli.plan_words import (
 )
 from tunesmith.config.plan_run import PlannedRun
 from tunesmith.contracts.errors import UserError
+from tunesmith.contracts.files import replace_text
 from tunesmith.export.page import escape, names_and_values, page, tiles
+from tunesmith.export.plot import check_matplotlib
 from tunesmith.planning.plan import Alternative, Plan
 
 _ENDINGS = (".png", ".html")
@@ -37,11 +38,8 @@ def check_picture(file: str) -> None:
             f"--picture {file}: a picture is a PNG or an HTML page.",
             hint="Name a file such as plan.png or plan.html.",
         )
-    if ending == ".png" and find_spec("matplotlib") is None:
-        raise UserError(
-            "A PNG is drawn by matplotlib, which is not installed.",
-            hint="Install it with `pip install 'tunesmith[plot]'`, or name a file that ends in .html.",
-        )
+    if ending == ".png":
+        check_matplotlib("name a file that ends in .html")
 
 
 def draw_picture(run: PlannedRun, why_card: str, file: Path) -> None:
@@ -54,7 +52,7 @@ def draw_picture(run: PlannedRun, why_card: str, file: Path) -> None:
         if file.suffix.lower() == ".png":
             draw_png(run, file)
         else:
-            file.write_text(_page(run, why_card), encoding="utf-8")
+            replace_text(file, _page(run, why_card))
     except OSError as error:
         raise UserError(
             f"--picture {file} cannot be written: {error.strerror or error}.",

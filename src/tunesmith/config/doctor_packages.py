@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
-from importlib.util import find_spec
 
 from tunesmith.config.doctor_row import Check, Finding, Subject
+from tunesmith.contracts.installed import is_installed
 from tunesmith.training.tracker_rows import TRACKERS
 
 ESSENTIAL: dict[str, str] = {
@@ -128,11 +128,7 @@ def _satisfies(found: str, wanted: str) -> bool:
 
 
 def _optional(package: str, row: Optional, subject: Subject) -> Finding | None:
-    try:
-        installed = find_spec(row.module) is not None
-    except (ImportError, ValueError):  # half removed
-        installed = False
-    if not installed:
+    if not is_installed(row.module):
         if not row.useful(bool(subject.cards)):
             return None
         command = f"pip install 'tunesmith[{row.extra}]'" if row.extra else f"pip install {package}"

@@ -17,6 +17,7 @@ import yaml
 from tunesmith._version import __version__
 from tunesmith.config.yaml_source import CORE_RESOLVERS
 from tunesmith.contracts.errors import StorageError, UserError
+from tunesmith.contracts.files import replace_text
 from tunesmith.settings.run import RunSettings
 
 _PACKAGES = (
@@ -110,11 +111,5 @@ def resolved_yaml(settings: RunSettings) -> str:
 
 def write_run_files(folder: Path, settings: RunSettings) -> None:
     """Write `run.yaml` and `versions.json`; each replaces an older one whole or not at all."""
-    _replace_text(folder / "run.yaml", resolved_yaml(settings))
-    _replace_text(folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    replace_text(folder / "run.yaml", resolved_yaml(settings))
+    replace_text(folder / "versions.json", json.dumps(versions(), indent=2) + "\n")

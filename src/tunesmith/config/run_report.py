@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from tunesmith.contracts.event_log import EVENTS
+from tunesmith.contracts.files import replace_text
 from tunesmith.export.run_files import ANSWERS, DATA, MASKS
 from tunesmith.export.run_report import write_report
 
@@ -88,9 +89,7 @@ def record_answers(
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    replace_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def _data(run: Run) -> dict[str, Any]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from tunesmith.contracts.errors import UserError
-from tunesmith.contracts.secrets import HIDDEN, names_a_secret, without_secrets
+from tunesmith.contracts.installed import is_installed
 from tunesmith.settings.run import RunSettings
+from tunesmith.settings.secrets import HIDDEN, names_a_secret, without_secrets
 from tunesmith.training.tracker_rows import TRACKERS, Value
 from tunesmith.training.trackers import Trackers
 
@@ -26,20 +26,13 @@ def refuse_missing_trackers(settings: RunSettings) -> None:
     Raises:
         UserError: naming the extra that installs those that are not.
     """
-    missing = [name for name in settings.output.track if not _is_installed(TRACKERS[name].module)]
+    missing = [name for name in settings.output.track if not is_installed(TRACKERS[name].module)]
     if missing:
         extras = ",".join(TRACKERS[name].extra for name in missing)
         raise UserError(
             f"output.track: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed.",
             hint=f'Install with `pip install "tunesmith[{extras}]"`, or take the name out of output.track.',
         )
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except (ImportError, ValueError):  # half removed
-        return False
 
 
 def trackers_of(settings: RunSettings, folder: Path, trainer: Trainer, console: Console) -> Trackers:

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from tunesmith.contracts.files import replace_text
 from tunesmith.contracts.plural import counted
 from tunesmith.export import run_files
 from tunesmith.export.curves import Point, number, of_kind, series, smoothed
@@ -39,13 +40,7 @@ def write_report(folder: Path, target: Path | None = None, *, running: bool | No
         The file.
     """
     path = target if target is not None else folder / REPORT
-    text = report_html(read_run(folder, running=running))
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_text(path, report_html(read_run(folder, running=running)))
     return path
 
 

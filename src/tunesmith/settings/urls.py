@@ -14,7 +14,7 @@ HIDDEN = "…"
 """What stands in the place of something that is not shown."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+_URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+")
 _HARMLESS = frozenset({"download", "raw", "dl", "ref", "revision", "version", "versionid", "format"})
 _LONGEST = 64
 """A harmless value is no longer."""

@@ -21,8 +21,9 @@ from typing import Any
 
 from tunesmith.contracts.event_log import EVENTS, read_events
 from tunesmith.contracts.events import Evaluated, Event, Finished, Observer, Sampled, Started, Stepped, Warned
-from tunesmith.contracts.secrets import without_secrets
+from tunesmith.contracts.files import replace_text
 from tunesmith.contracts.visible import one_line
+from tunesmith.settings.secrets import without_secrets
 from tunesmith.training.tracker_rows import TRACKERS, Ending, Opened, Place, Tracker, Value
 
 STATE = "trackers.json"
@@ -210,12 +211,9 @@ class Trackers:
                 observer.on_event(warning)
 
     def _remember(self) -> None:
-        path = self._folder / STATE
-        temporary = path.with_name(f".tmp-{path.name}")
         state = {name: asdict(run) for name, run in self._runs.items()}
         with contextlib.suppress(OSError):  # a full disk is for the checkpoints to report
-            temporary.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            replace_text(self._folder / STATE, json.dumps(state, indent=2) + "\n")
 
 
 def metric_name(text: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from urllib.parse import urlsplit, urlunsplit
+
+from tunesmith.settings.urls import shown_text
 
 HIDDEN = "(not shown)"
 """What stands where a secret stood."""
@@ -13,7 +14,6 @@ _NAME = re.compile(
     r"(^|_)(token|secret|password|passwd|key|credentials?|authorization|auth)$", flags=re.IGNORECASE
 )
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
-_ADDRESS = re.compile(r"\b[a-z][a-z0-9+.-]*://[^\s'\"]+", flags=re.IGNORECASE)
 
 
 def names_a_secret(name: str) -> bool:
@@ -22,16 +22,9 @@ def names_a_secret(name: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """The text without tokens of the hub, and its addresses without user, password and query."""
+    """The text without tokens of the hub, and with its addresses as they may be shown."""
+    text = shown_text(text)  # first: a token in an address would become words that end the address
     token = os.environ.get("HF_TOKEN")
     if token:
         text = text.replace(token, HIDDEN)
-    return _HUB_TOKEN.sub(HIDDEN, _ADDRESS.sub(lambda match: _bare(match[0]), text))
-
-
-def _bare(address: str) -> str:
-    try:
-        parts = urlsplit(address)
-    except ValueError:  # no address that one could take apart
-        return HIDDEN
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
+    return _HUB_TOKEN.sub(HIDDEN, text)
