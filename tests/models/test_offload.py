@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tunesmith.models.offload import IN_FLIGHT, Handle, Offloader
+from tunesmith.models.offload import Handle, Offloader
+from tunesmith.planning.policies import IN_FLIGHT
 
 LAYERS = 12
 # odd sizes, several types, two tensors of one size, nothing at all

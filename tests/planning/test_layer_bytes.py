@@ -15,12 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.fake_gpu import FakeOffloader, Live, fake_gpu, in_4_bits, materialise
 from tunesmith.kernels.attention import Documents
+from tunesmith.models import offload
 from tunesmith.models.install import Installed, install
-from tunesmith.models.offload import IN_FLIGHT
 from tunesmith.models.projections import SPARE_ROWS
 from tunesmith.models.tiles import ALIGNED, TILE_TOKENS
-from tunesmith.planning import layer_bytes as layer_bytes_module
-from tunesmith.planning import layer_sizes
+from tunesmith.planning import layer_sizes, policies
 from tunesmith.planning.facts import LayerFacts, Work
 from tunesmith.planning.layer_bytes import layer_bytes
 from tunesmith.planning.policies import HELD
@@ -172,7 +171,7 @@ def biased(layer: LayerFacts) -> bool:
 
 
 def test_what_the_tape_repeats_of_other_modules() -> None:
-    assert (layer_bytes_module.IN_FLIGHT, layer_sizes.SPARE_ROWS) == (IN_FLIGHT, SPARE_ROWS)
+    assert (policies.IN_FLIGHT, layer_sizes.SPARE_ROWS) == (offload.IN_FLIGHT, SPARE_ROWS)
     assert (layer_sizes.TILE_ALIGNED, Work((1,), 1).tile_tokens) == (ALIGNED, TILE_TOKENS)
 
 

@@ -29,6 +29,7 @@ import tunesmith.kernels
 import tunesmith.models
 from tunesmith.kernels import attention, launch, linear_logprob, packed
 from tunesmith.models import install, offload, projections
+from tunesmith.planning import policies
 
 BLOCK = 512
 """CUDA's allocator hands out multiples of it."""
@@ -113,7 +114,7 @@ class FakeOffloader(offload.Offloader):
 
     def _next(self, handle: Any) -> None:
         self._on_the_way.append(handle)
-        while len(self._on_the_way) > offload.IN_FLIGHT:
+        while len(self._on_the_way) > policies.IN_FLIGHT:
             gone = self._on_the_way.popleft()
             if gone is not None:
                 gone.device = []

@@ -25,8 +25,8 @@ from tunesmith.cli.plan_words import (
 from tunesmith.config.load import load_settings
 from tunesmith.config.plan_card import choose_card
 from tunesmith.config.plan_run import PlannedRun, plan_run
+from tunesmith.planning.facts import trained_parameters
 from tunesmith.planning.plan import Alternative
-from tunesmith.planning.step_amounts import trained_parameters
 
 _BAR = 40
 _NAME = 12

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from tunesmith.config.plan_run import PlannedRun
 from tunesmith.contracts.plural import counted
 from tunesmith.contracts.visible import visible
+from tunesmith.planning.facts import trained_parameters
 from tunesmith.planning.plan import PARTS, Alternative, Plan, Summary
-from tunesmith.planning.step_amounts import trained_parameters
 
 _GIB = 2**30
 
@@ -27,11 +27,6 @@ def span(seconds: float) -> str:
         if seconds / size < most:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 86400:.3g} days"
-
-
-def strip(plan: Plan) -> str:
-    """Policies of the layers, from the first to the last: `12 × recompute, 20 × keep`."""
-    return ", ".join(f"{count} × {name}" for name, count in plan.strip)
 
 
 def _parameters(count: int) -> str:
@@ -69,7 +64,7 @@ def plan_lines(run: PlannedRun) -> dict[str, str]:
     lines = {
         "micro-batch": f"{counted(plan.micro_batch_rows, 'row')}, {plan.tokens:,} tokens; "
         f"{counted(passes, 'micro-batch', 'micro-batches')} a step",
-        "layers": strip(plan),
+        "layers": plan.layout,
         "chunks": chunks,
         "host memory": f"{gib(plan.host_bytes)} GiB pinned" if plan.host_bytes else "",
         "step": f"{span(plan.step_seconds)}, {plan.tokens_per_second:,.0f} tokens/s",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tunesmith.models.layer_call import LayerShape, Norm
 from tunesmith.models.layer_norms import KINDS
+from tunesmith.models.layer_weights import norm_gradients, norm_parameters
 
 
 class _LastNorm(torch.autograd.Function):
@@ -37,20 +38,7 @@ class _LastNorm(torch.autograd.Function):
         grad_TD, sums_D, _ = KINDS[ctx.shape.norm].backward(
             norm, grads[0].contiguous(), hidden_TD, stats_T, ctx.shape, None, False
         )
-        trained = [
-            grad_D.to(parameter.dtype)
-            for grad_D, parameter, trains in zip(sums_D, _parameters(norm), _trains(norm), strict=False)
-            if trains and parameter is not None
-        ]
-        return grad_TD, None, None, *trained
-
-
-def _parameters(norm: Norm) -> tuple[Tensor | None, Tensor | None]:
-    return norm.weight, norm.bias
-
-
-def _trains(norm: Norm) -> tuple[bool, bool]:
-    return norm.trains_weight, norm.trains_bias
+        return grad_TD, None, None, *norm_gradients(norm, sums_D)
 
 
 def last_norm_forward(stock: Callable[[Any, Tensor], Tensor], shape: LayerShape) -> Callable[..., Tensor]:
@@ -64,12 +52,9 @@ def last_norm_forward(stock: Callable[[Any, Tensor], Tensor], shape: LayerShape)
         if not torch.is_grad_enabled():
             return stock(module, hidden_BTD)
         norm = Norm.read(module)
-        trained = [
-            p for p, trains in zip(_parameters(norm), _trains(norm), strict=True) if trains and p is not None
-        ]
         with torch.autocast(hidden_BTD.device.type, enabled=False):
             result: Tensor = _LastNorm.apply(  # type: ignore[no-untyped-call]
-                hidden_BTD.flatten(0, -2), norm, shape, *trained
+                hidden_BTD.flatten(0, -2), norm, shape, *norm_parameters(norm)
             )
         return result.view(hidden_BTD.shape)
 

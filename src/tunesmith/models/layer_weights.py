@@ -15,7 +15,7 @@ Shape suffixes: T tokens, D hidden size, N output columns, K input columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -34,11 +34,12 @@ def node_parameters(groups: Groups, norms: Norms) -> list[Tensor]:
         found += own_parameters(group)
     for norm in norms:
         if norm is not None:
-            found += _norm_parameters(norm)
+            found += norm_parameters(norm)
     return found
 
 
-def _norm_parameters(norm: Norm) -> list[Tensor]:
+def norm_parameters(norm: Norm) -> list[Tensor]:
+    """Weight and bias of a norm, of these what trains."""
     trained = (("weight", norm.trains_weight), ("bias", norm.trains_bias))
     return [getattr(norm.module, name) for name, trains in trained if trains]
 
@@ -69,12 +70,7 @@ class Gradients:
 
     def put_norm(self, name: str, norm: Norm, *sums_D: Tensor) -> None:
         """Take the gradients of a norm's weight and, where there is one, its bias, as they were summed."""
-        wanted = (norm.trains_weight, norm.trains_bias)
-        self.norms[name] = [
-            grad_D if self.wide else grad_D.to(parameter.dtype)
-            for grad_D, parameter, trains in zip(sums_D, (norm.weight, norm.bias), wanted, strict=False)
-            if trains and parameter is not None
-        ]
+        self.norms[name] = norm_gradients(norm, sums_D, wide=self.wide)
 
     def put_own(self, name: str, group: Group, grad_TN: Tensor, x_TK: Tensor | None) -> None:
         """Take ∂W and ∂b of what trains in a group, in the order of `own_parameters`.
@@ -104,7 +100,22 @@ class Gradients:
         for name, grads in sums.own.items():
             self.own[name] = _like(grads, own_parameters(getattr(groups, name)))
         for name, grads in sums.norms.items():
-            self.norms[name] = _like(grads, _norm_parameters(getattr(norms, name)))
+            self.norms[name] = _like(grads, norm_parameters(getattr(norms, name)))
+
+
+def norm_gradients(norm: Norm, sums_D: Sequence[Tensor], *, wide: bool = False) -> list[Tensor]:
+    """Gradients of what trains of a norm, in the order of `norm_parameters`.
+
+    Args:
+        sums_D: of its weight and, where there is one, its bias.
+        wide: as they were summed, not in the types of the parameters.
+    """
+    wanted = (norm.trains_weight, norm.trains_bias)
+    return [
+        grad_D if wide else grad_D.to(parameter.dtype)
+        for grad_D, parameter, trains in zip(sums_D, (norm.weight, norm.bias), wanted, strict=False)
+        if trains and parameter is not None
+    ]
 
 
 def _like(grads: list[Tensor], parameters: list[Tensor]) -> list[Tensor]:

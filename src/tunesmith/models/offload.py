@@ -25,9 +25,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.models.host_memory import HostMemory
-
-IN_FLIGHT = 2
-"""Layers whose copies may be under way at once: the one that was computed last, and the one before."""
+from tunesmith.planning.policies import IN_FLIGHT
 
 
 @dataclass(eq=False)

@@ -17,9 +17,10 @@ from torch import Tensor
 from tunesmith.contracts.batch import TokenBatch
 from tunesmith.models.head import CausalModel
 from tunesmith.models.install import Installed
-from tunesmith.models.offload import IN_FLIGHT, Offloader
+from tunesmith.models.offload import Offloader
 from tunesmith.models.policy import POLICIES
 from tunesmith.planning.fit import PolicyCost, layer_costs, training_bytes
+from tunesmith.planning.policies import IN_FLIGHT
 
 PROBE_TOKENS = 64
 

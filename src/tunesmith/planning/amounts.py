@@ -112,12 +112,9 @@ class LayerAmounts:
         extra = 0 if alone else self._ranks(name) * (inputs if name in ("qkv", "gate_up") else outputs)
         return Amount(products=2.0 * rows * (outputs * inputs + extra), kernels=1)
 
-    def _parts(self, name: str) -> int:
-        return {"qkv": self.layer.qkv_parts, "gate_up": self.layer.gate_up_parts}.get(name, 1)
-
     def _ranks(self, name: str) -> int:
         """Columns of all adapters of a group."""
-        return self.work.rank * self._parts(name) if name in self.work.adapted else 0
+        return self.work.ranks(self.layer, name)
 
     def _weight(self, name: str) -> Amount:
         """The weight of a group in the compute type, where it is held in another."""
@@ -125,13 +122,16 @@ class LayerAmounts:
         held = HELD_BYTES.get(work.quantize, work.trained_itemsize if work.full else work.itemsize)
         if held == work.itemsize:
             return NOTHING
-        return Amount(moved=elements * (held + work.itemsize), kernels=self._parts(name))
+        return Amount(moved=elements * (held + work.itemsize), kernels=len(self.layer.outputs(name)))
 
     def _masks(self, name: str, rows: int) -> Amount:
         """Dropout: each projection draws a mask, scales it and multiplies a copy of its input."""
         if not (self.work.dropout and self._ranks(name)):
             return NOTHING
-        return self._pass(6 * rows * self.layer.matrices[name][1] * self._parts(name), 4 * self._parts(name))
+        return self._pass(
+            6 * rows * self.layer.matrices[name][1] * len(self.layer.outputs(name)),
+            4 * len(self.layer.outputs(name)),
+        )
 
     # ------------------------------------------------------------------ forward
 
@@ -143,7 +143,7 @@ class LayerAmounts:
         """The GEMM of a group that reads the normed stream, and its adapters' u where that is not there yet."""
         found = self._gemm(name, rows)
         if self._ranks(name):
-            apart = not again and (self.work.dropout or (moves and self._parts(name) > 1))
+            apart = not again and (self.work.dropout or (moves and len(self.layer.outputs(name)) > 1))
             found += self._pass(rows * self.layer.hidden if apart else 0.0)
         return found if again else found + self._masks(name, rows)
 
@@ -235,7 +235,7 @@ class LayerAmounts:
         if not self._ranks(name):
             return NOTHING
         outputs, inputs = self.layer.matrices[name]
-        kernels = 3 * self._parts(name) if given else 5 * self._parts(name)
+        kernels = 3 * len(self.layer.outputs(name)) if given else 5 * len(self.layer.outputs(name))
         found = self._pass(rows * (outputs * (1 if given else 2) + inputs), kernels)
         if name == "output" or self.work.dropout:  # ∂u A is added to ∂x in a pass of its own
             found += self._pass(2 * rows * inputs)

@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tunesmith.planning.facts import LayerFacts, ModelFacts, Work
+from tunesmith.planning.facts import LayerFacts, ModelFacts, Work, trained_parameters
 from tunesmith.planning.fit import STATE_BYTES
-from tunesmith.planning.layer_bytes import IN_FLIGHT, LayerBytes, layer_bytes
+from tunesmith.planning.layer_bytes import layer_bytes
 from tunesmith.planning.layer_sizes import SPARE_ROWS
+from tunesmith.planning.policies import IN_FLIGHT
 from tunesmith.planning.tape import rounded
 
 LIBRARIES = 96 << 20
@@ -88,33 +89,13 @@ def _layer_weights(layer: LayerFacts, work: Work) -> int:
     """All weights of a layer."""
     held = work.trained_itemsize if work.full else work.itemsize
     total = (layer.small_parameters + layer.idle_parameters) * held
-    parts = {"qkv": layer.qkv_parts, "gate_up": layer.gate_up_parts}
     for group, (rows, columns) in layer.matrices.items():
         if work.quantize == "none":
-            spare = SPARE_ROWS * columns if group in parts else 0
+            spare = SPARE_ROWS * columns if group in ("qkv", "gate_up") else 0
             total += rounded((rows * columns + spare) * held)
             continue
-        for share in _shares(layer, group, parts.get(group, 1)):
+        for share in layer.outputs(group):
             total += matrix_bytes(share, columns, work.quantize, held)
-    return total
-
-
-def _shares(layer: LayerFacts, group: str, parts: int) -> list[int]:
-    """Output columns of the matrices of a group."""
-    if group == "qkv" and parts == 3:
-        return [layer.q_columns, layer.kv_columns, layer.kv_columns]
-    rows = layer.matrices[group][0]
-    return [rows // parts] * parts
-
-
-def adapter_parameters(model: ModelFacts, work: Work) -> int:
-    """Elements of all adapters."""
-    total = 0
-    for layer in model.layers:
-        parts = {"qkv": layer.qkv_parts, "gate_up": layer.gate_up_parts}
-        for group, (rows, columns) in layer.matrices.items():
-            if group in work.adapted:
-                total += work.rank * (parts.get(group, 1) * columns + rows)
     return total
 
 
@@ -123,14 +104,14 @@ def fixed_bytes(model: ModelFacts, work: Work) -> Fixed:
     held = work.trained_itemsize if work.full else work.itemsize
     weights = sum(_layer_weights(layer, work) for layer in model.layers)
     weights += (model.embedding_parameters + model.hidden + model.other_parameters) * held
-    trained = model.parameters if work.full else adapter_parameters(model, work)
+    trained = trained_parameters(model, work)
     one = trained * work.trained_itemsize
     return Fixed(weights, 0 if work.full else one, int(STATE_BYTES[work.optimizer] * trained), one)
 
 
-def head_rows(model: ModelFacts, work: Work, chunk_bytes: int = CHUNK_BYTES) -> int:
+def head_rows(model: ModelFacts, work: Work) -> int:
     """Rows of a chunk of logits (C)."""
-    rows = chunk_bytes // (work.itemsize * model.vocabulary)
+    rows = CHUNK_BYTES // (work.itemsize * model.vocabulary)
     rows = rows // 128 * 128 if rows >= 128 else max(16, rows)
     return min(rows, work.supervised)
 
@@ -159,12 +140,7 @@ def timeline(model: ModelFacts, work: Work, policies: Sequence[str]) -> list[Mom
     Args:
         policies: one of `policies.HELD` for each layer.
     """
-    known: dict[tuple[LayerFacts, str], LayerBytes] = {}
-    costs = []
-    for layer, policy in zip(model.layers, policies, strict=True):
-        if (layer, policy) not in known:
-            known[layer, policy] = layer_bytes(layer, work, policy)
-        costs.append(known[layer, policy])
+    costs = [layer_bytes(layer, work, policy) for layer, policy in zip(model.layers, policies, strict=True)]
     rows = rounded(work.tokens * model.hidden * work.itemsize)
     held, moments, inputs = 0, [], _inputs(model, work)
     under_way: list[int] = []

@@ -84,6 +84,13 @@ class LayerFacts:
             "down": (self.hidden, self.inner),
         }
 
+    def outputs(self, group: str) -> tuple[int, ...]:
+        """Output columns of each matrix of a group."""
+        if group == "qkv" and self.qkv_parts == 3:
+            return self.q_columns, self.kv_columns, self.kv_columns
+        parts = self.gate_up_parts if group == "gate_up" else 1
+        return (self.matrices[group][0] // parts,) * parts
+
     @property
     def matrix_parameters(self) -> int:
         """Elements of all projection weights."""
@@ -193,3 +200,19 @@ class Work:
     def full(self) -> bool:
         """Whether all weights train."""
         return self.rank == 0
+
+    def ranks(self, layer: LayerFacts, group: str) -> int:
+        """Columns of all adapters of a group side by side, 0 where it has none."""
+        return self.rank * len(layer.outputs(group)) if group in self.adapted else 0
+
+
+def trained_parameters(model: ModelFacts, work: Work) -> int:
+    """Elements that train."""
+    if work.full:
+        return model.parameters - model.other_parameters
+    return sum(
+        work.ranks(layer, group) * inputs + work.rank * outputs
+        for layer in model.layers
+        for group, (outputs, inputs) in layer.matrices.items()
+        if group in work.adapted
+    )

@@ -16,8 +16,8 @@ from tunesmith.planning.bytes import LIBRARIES, Fixed, Moment, fixed_bytes, time
 from tunesmith.planning.cards import Rates
 from tunesmith.planning.facts import LayerFacts, ModelFacts, Work
 from tunesmith.planning.fit import STOCK_POLICIES
-from tunesmith.planning.layer_bytes import IN_FLIGHT, LayerBytes, layer_bytes
-from tunesmith.planning.policies import HELD
+from tunesmith.planning.layer_bytes import LayerBytes, layer_bytes
+from tunesmith.planning.policies import HELD, IN_FLIGHT
 from tunesmith.planning.request import PlanRequest
 from tunesmith.planning.seconds import (
     FEW,

@@ -1,4 +1,4 @@
-"""Whether recording CUDA graphs pays for a model and a size of micro-batch. Torch-free.
+"""Whether CUDA graphs may be recorded under the settings of a run, and whether they pay. Torch-free.
 
 A fused layer takes the host some 2.5 ms forward and backward (measured with 135M and 8B shapes on one H100: 1.4 to
 2.6), whatever its size; the device takes 4 · P · T operations for P parameters and T tokens. Where the device is done
@@ -13,6 +13,31 @@ HOST_SECONDS = 2.5e-3
 
 DEVICE_RATE = 4e14
 """Operations a second that a layer reaches on a large card, its small kernels included."""
+
+
+def graphs_refusal(
+    wanted: str, *, gpu: bool, loss_scale: bool, neftune: bool, deterministic: bool
+) -> str | None:
+    """Why no graphs are recorded, as far as settings and the device tell; None where they leave it open.
+
+    Args:
+        wanted: `train.cuda_graphs`.
+        gpu: whether fused layers run on one.
+        loss_scale: whether the loss is scaled, as it is in float16.
+        neftune: whether there is noise on the embeddings.
+        deterministic: `train.deterministic`.
+    """
+    if wanted == "never":
+        return "train.cuda_graphs is never"
+    if not gpu:
+        return "there is no GPU"
+    if loss_scale:
+        return "float16 trains with a loss scale"
+    if neftune:
+        return "NEFTune scales its noise on the host, by the lengths of the documents"
+    if deterministic:
+        return "a run that goes on would record at other steps than one that never stopped"
+    return None
 
 
 def graphs_pay(*, tokens: int, layer_parameters: float) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from tunesmith.planning.facts import LayerFacts, Work
 from tunesmith.planning.layer_sizes import FLOAT, Sizes
@@ -30,11 +31,6 @@ SMALL: Mapping[str, str | None] = {
     "u.gate_up": "gate_up", "stats2": "gate_up", "u.down": None, "stats3": None,
 }  # fmt: skip
 """Rank-wide products and statistics of rows, and the stage whose recomputation gives them again; None are kept."""
-
-IN_FLIGHT = 2
-"""Layers whose copies may be under way at once, as `models.offload` has it."""
-
-PARTS = {"qkv": 3, "output": 1, "gate_up": 2, "down": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +95,7 @@ class _Layer:
         sizes, tape, key = self.sizes, self.tape, f"u.{group}"
         columns, moves = self.layer.matrices[group][0], self.moves(group)
         self.read(group)
-        if sizes.folds(group) and (sizes.parts(group) == 1 or not moves):
+        if sizes.folds(group) and (len(self.layer.outputs(group)) == 1 or not moves):
             tape.make(group, sizes.rows(columns + sizes.beside(group)))
             tape.make(key, sizes.rows(sizes.ranks(group)))
             if moves:
@@ -382,6 +378,7 @@ def attention_workspace(layer: LayerFacts, work: Work) -> float:
     return tokens * layer.heads * (layer.head_dim + 1) * FLOAT
 
 
+@lru_cache(maxsize=4096)
 def layer_bytes(layer: LayerFacts, work: Work, policy: str) -> LayerBytes:
     """What a layer allocates; `kept` holds the layer's input, which is the output of the layer before."""
     passes = _Layer(layer, work, policy)
@@ -393,7 +390,7 @@ def layer_bytes(layer: LayerFacts, work: Work, policy: str) -> LayerBytes:
     before = passes.tape.now - passes.tape.size("out")
     passes.tape.peak = passes.tape.now
     passes.backward()
-    gradients = sum(passes.sizes.gradients(group) for group in PARTS)
+    gradients = sum(passes.sizes.gradients(group) for group in layer.matrices)
     if work.full:
         gradients = (layer.matrix_parameters + layer.small_parameters) * work.trained_itemsize
     return LayerBytes(kept - moved, moved, forward, passes.tape.peak - before, int(gradients))

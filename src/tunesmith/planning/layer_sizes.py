@@ -40,18 +40,13 @@ class Sizes:
         """`[T, columns]` in float32."""
         return self.work.tokens * columns * FLOAT
 
-    def parts(self, group: str) -> int:
-        """Projections of a group."""
-        layer = self.layer
-        return {"qkv": layer.qkv_parts, "gate_up": layer.gate_up_parts}.get(group, 1)
-
     def adapted(self, group: str) -> bool:
         """Whether the group carries an adapter."""
         return self.work.rank > 0 and group in self.work.adapted
 
     def ranks(self, group: str) -> int:
         """Columns of all adapters of a group side by side."""
-        return self.work.rank * self.parts(group) if self.adapted(group) else 0
+        return self.work.ranks(self.layer, group)
 
     def foldable(self, group: str) -> int:
         """Those that GEMMs take along."""

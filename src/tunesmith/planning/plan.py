@@ -105,6 +105,11 @@ class Plan:
         return tuple((name, len(list(group))) for name, group in groupby(self.policies))
 
     @property
+    def layout(self) -> str:
+        """Policies of the layers in words, from the first to the last: `12 × recompute, 20 × keep`."""
+        return ", ".join(f"{count} × {name}" for name, count in self.strip)
+
+    @property
     def summary(self) -> Summary:
         """The figures that are compared."""
         return Summary(

@@ -36,3 +36,6 @@ HELD: Mapping[str, Held] = {
     "offload": Held(moved=_INPUT),
 }
 """By name, fastest first."""
+
+IN_FLIGHT = 2
+"""Layers whose copies to the host may be under way at once: the one that was computed last, and the one before."""

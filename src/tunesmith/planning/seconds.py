@@ -24,7 +24,7 @@ from tunesmith.planning.amounts import Amount, LayerAmounts
 from tunesmith.planning.cards import Rates
 from tunesmith.planning.facts import LayerFacts, ModelFacts, Work
 from tunesmith.planning.graphs import graphs_pay
-from tunesmith.planning.policies import HELD
+from tunesmith.planning.policies import HELD, IN_FLIGHT
 
 PASSES = 0.92
 """What passes over memory reach of copying's rate: norms 0.89 to 0.95, RoPE 0.81, the gated unit 0.99 to 1, the
@@ -32,9 +32,6 @@ residual 0.87, unpacking 4 bits 0.94 (the table of kernels in benchmarks/RESULTS
 
 FEW = 0.75
 """Share of supervised tokens up to which the last layer computes only these after its attention (`models.head`)."""
-
-IN_FLIGHT = 2
-"""Layers whose tensors may be leaving at once (`models.offload`)."""
 
 START_SECONDS = 3e-3
 """From the end of a step, where the host waits for the device, to the kernels of the next one. Profiled steps of 8

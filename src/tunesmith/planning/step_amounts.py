@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from tunesmith.planning.amounts import NOTHING, Amount
-from tunesmith.planning.facts import LayerFacts, ModelFacts, Work
+from tunesmith.planning.bytes import head_rows
+from tunesmith.planning.facts import LayerFacts, ModelFacts, Work, trained_parameters
 from tunesmith.planning.fit import STATE_BYTES
-
-CHUNK_BYTES = 256 * 2**20
-"""Of the head's logits at once (`kernels.linear_logprob`)."""
 
 SOFTMAX_PASSES = 3.6
 """Passes over a chunk of logits that softmax and gradient take the time of. They read it twice and write it once, and
@@ -25,9 +23,7 @@ MUON_STEPS = 5
 def head(model: ModelFacts, work: Work) -> Amount:
     """Logits, losses and gradients of the supervised rows, chunk by chunk (`kernels.linear_logprob`)."""
     rows, weights = work.supervised, model.hidden * model.vocabulary
-    chunk = CHUNK_BYTES // (work.itemsize * model.vocabulary)
-    chunk = chunk // 128 * 128 if chunk >= 128 else max(16, chunk)
-    chunks = -(-rows // chunk)
+    chunks = -(-rows // head_rows(model, work)) if rows else 0
     found = Amount(
         products=2.0 * 2 * rows * weights,
         # the gradient of the rows is summed and scaled in float32
@@ -51,22 +47,6 @@ def embeddings(model: ModelFacts, work: Work) -> Amount:
     return found
 
 
-def trained_parameters(model: ModelFacts, work: Work) -> int:
-    """Elements that train."""
-    if work.full:
-        return model.parameters - model.other_parameters
-    return sum(_adapter_parameters(layer, work) for layer in model.layers)
-
-
-def _adapter_parameters(layer: LayerFacts, work: Work) -> int:
-    parts = {"qkv": layer.qkv_parts, "gate_up": layer.gate_up_parts}
-    return sum(
-        work.rank * (outputs + parts.get(name, 1) * inputs)
-        for name, (outputs, inputs) in layer.matrices.items()
-        if name in work.adapted
-    )
-
-
 def optimizer(model: ModelFacts, work: Work) -> Amount:
     """Norm of the gradients and update: parameters and state read and written, gradients read twice."""
     name = work.optimizer
@@ -83,14 +63,8 @@ def optimizer(model: ModelFacts, work: Work) -> Amount:
 def _orthogonal(layer: LayerFacts) -> Amount:
     """The products that make the steps of a layer's matrices orthogonal, each from its smaller side."""
     found = NOTHING
-    for name, (outputs, inputs) in layer.matrices.items():
-        apart = {
-            "qkv": (layer.q_columns, layer.kv_columns, layer.kv_columns)
-            if layer.qkv_parts == 3
-            else (outputs,),
-            "gate_up": (outputs // layer.gate_up_parts,) * layer.gate_up_parts,
-        }.get(name, (outputs,))
-        for rows in apart:
+    for name, (_, inputs) in layer.matrices.items():
+        for rows in layer.outputs(name):
             short, long = sorted((rows, inputs))
             products = MUON_STEPS * (4.0 * short**2 * long + 2.0 * short**3)
             found += Amount(products=products, kernels=4 * MUON_STEPS)
