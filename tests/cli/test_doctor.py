@@ -282,6 +282,9 @@ def test_an_older_gpu_and_settings_that_decide(on_a_gpu: Any, run_file: Any) -> 
     diagnosis = examine(run_file(**settings), checks=rows(*names))
     assert finding(diagnosis, "compute type").value == "float32: model.dtype says so"
     assert finding(diagnosis, "CUDA graphs").value == "none: train.deterministic is on"
+
+    diagnosis = examine(run_file(train={"neftune_alpha": 5}, model={"dtype": "float32"}), checks=rows(*names))
+    assert finding(diagnosis, "CUDA graphs").value.startswith("none: NEFTune")
     diagnosis = examine(run_file(model={"attention": "varlen", "dtype": "float32"}), checks=rows("attention"))
     assert finding(diagnosis, "attention").state == "broken"
 

@@ -493,7 +493,7 @@ def test_a_png_that_cannot_be_put_in_place_leaves_nothing(asked, run_file, tmp_p
 
 
 def test_without_matplotlib_a_page_is_offered(asked, run_file, capsys, monkeypatch):
-    monkeypatch.setattr("tunesmith.cli.plan_page.find_spec", lambda name: None)
+    monkeypatch.setattr("tunesmith.export.plot.find_spec", lambda name: None)
     code, text = printed(capsys, run_file, "--picture", "plan.png")
 
     assert code == 2

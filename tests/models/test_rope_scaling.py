@@ -31,7 +31,6 @@ from tunesmith.models.rope_scaling import (
     document_lengths,
     made_for,
     rotate_by_document,
-    scaling_of,
     stretch,
 )
 
@@ -210,9 +209,7 @@ def test_the_length_that_a_config_says(kind: str) -> None:
     stretch(config, SCALINGS[kind])
     assert config.max_position_embeddings == REACH[kind]
     assert made_for(config) == (None if kind == "dynamic" else REACH[kind])
-    found = scaling_of(config)
-    assert found is not None
-    assert SCALINGS[kind].items() <= found.items()
+    assert SCALINGS[kind].items() <= config.rope_parameters.items()
     before = copy.deepcopy(config.to_dict())
     stretch(config, SCALINGS[kind])  # a result that trains on with the same run file
     assert config.to_dict() == before
@@ -270,7 +267,7 @@ def test_layers_with_a_window_need_no_longer_positions() -> None:
     stretch(config, SCALINGS["yarn"])
     assert config.rope_parameters["sliding_attention"] == windowed
     assert config.rope_parameters["full_attention"]["rope_type"] == "yarn"
-    assert (scaling_of(config) or {})["factor"] == 4.0
+    assert config.rope_parameters["full_attention"]["factor"] == 4.0
     assert config.max_position_embeddings == made_for(config) == 256
     with pytest.raises(
         UserError, match="dynamic has frequencies by the length of a document, and gemma3_text"
@@ -279,7 +276,6 @@ def test_layers_with_a_window_need_no_longer_positions() -> None:
 
 
 def test_what_cannot_be_stretched_is_refused() -> None:
-    assert scaling_of(tiny_config()) is None
     with pytest.raises(UserError, match="gpt2 has no rotary positions"):
         stretch(GPT2Config(), SCALINGS["linear"])
     wrong = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0], "long_factor": [2.0]}

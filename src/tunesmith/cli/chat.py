@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.config.find_result import find_result
+from tunesmith.config.find_result import FoundResult, find_result
 from tunesmith.contracts.errors import UserError
 from tunesmith.contracts.plural import counted
 from tunesmith.contracts.visible import visible
@@ -82,14 +82,12 @@ def chat(options: ChatOptions, console: Console, lines: TextIO | None = None) ->
     return interactive or chatting.failed == 0
 
 
-def _session(options: ChatOptions, found: object) -> ChatSession:
+def _session(options: ChatOptions, found: FoundResult) -> ChatSession:
     from tunesmith.config.chat_session import ChatSession
-    from tunesmith.config.find_result import FoundResult
     from tunesmith.config.load_result import load_result
     from tunesmith.models.generate import Sampling
     from tunesmith.training.quiet import quiet_libraries
 
-    assert isinstance(found, FoundResult)
     quiet_libraries()
     return ChatSession(
         load_result(found, trust_remote_code=options.trust_remote_code),

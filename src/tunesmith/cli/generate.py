@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,8 +163,3 @@ class _View:
     def bad(self, row: PromptRow) -> None:
         self.failed += 1
         self.say(f"{row.where}: {one_line(row.problem or '', _WIDTH)}", "yellow")
-
-
-def stderr_console() -> Console:
-    """Where progress goes, so that standard output holds answers alone."""
-    return Console(file=sys.stderr)

@@ -15,6 +15,7 @@ from tunesmith.cli.plan_words import gib
 from tunesmith.config.plan_run import PlannedRun
 from tunesmith.export.line_chart import round_numbers
 from tunesmith.export.page import escape
+from tunesmith.export.plot import new_figure, save_figure
 from tunesmith.planning.plan import PARTS, Plan
 
 COLORS = {
@@ -128,13 +129,9 @@ def _spots(plan: Plan, x: Callable[[float], float]) -> Iterator[str]:
 
 def draw_png(run: PlannedRun, file: Path) -> None:
     """Write the picture by matplotlib, whole or not at all."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     plan, layers = run.plan, layers_of(run.plan)
     moments = len(plan.timeline)
-    figure = Figure(figsize=(9, 4.6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 4.6)
     axes: Any = figure.subplots()
     axes.stackplot(
         range(moments + 1),
@@ -158,9 +155,4 @@ def draw_png(run: PlannedRun, file: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles[::-1], names[::-1], frameon=False, fontsize="small", loc="outside right upper")
-    temporary = file.with_name(f".tmp-{file.name}.png")
-    try:
-        figure.savefig(temporary)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_figure(figure, file)

@@ -70,7 +70,9 @@ def generate_command(
     trust_remote_code: Trust = False,
 ) -> None:
     """Answer a file of prompts in lines of JSON. Exit 1: not all were answered."""
-    from tunesmith.cli.generate import GenerateOptions, generate, stderr_console
+    from rich.console import Console
+
+    from tunesmith.cli.generate import GenerateOptions, generate
 
     options = GenerateOptions(
         output=output,
@@ -86,7 +88,8 @@ def generate_command(
         limit=limit,
         trust_remote_code=trust_remote_code,
     )
-    raise typer.Exit(0 if generate(options, stderr_console()) else 1)
+    aside = Console(stderr=True)  # standard output holds answers alone
+    raise typer.Exit(0 if generate(options, aside) else 1)
 
 
 def merge_command(

@@ -35,7 +35,7 @@ from tunesmith.models.probe import fixed_bytes, policy_costs
 from tunesmith.models.vocabulary import extend_tokenizer
 from tunesmith.objectives.table import OBJECTIVES
 from tunesmith.planning.fit import STATE_BYTES, STOCK_POLICIES, USABLE, Fit, fit_micro_batch
-from tunesmith.planning.graphs import graphs_pay
+from tunesmith.planning.graphs import graphs_pay, graphs_refusal
 from tunesmith.settings.model import AdapterSettings
 from tunesmith.settings.run import RunSettings
 from tunesmith.training.cadence import Cadence, MicroBatching
@@ -147,18 +147,16 @@ def _record(
     Raises:
         UserError: they are asked for and not possible.
     """
-    wanted = settings.train.cuda_graphs
-    if wanted == "never":
-        return "train.cuda_graphs is never"
-    if backend.device.type != "cuda" or installed is None:
-        reason: str | None = "there is no GPU"
-    elif backend.scaler.is_enabled():
-        reason = "float16 trains with a loss scale"
-    elif settings.train.neftune_alpha is not None:
-        reason = "NEFTune scales its noise on the host, by the lengths of the documents"
-    elif settings.train.deterministic:
-        reason = "a run that goes on would record at other steps than one that never stopped"
-    else:
+    train, wanted = settings.train, settings.train.cuda_graphs
+    reason = graphs_refusal(
+        wanted,
+        gpu=backend.device.type == "cuda" and installed is not None,
+        loss_scale=backend.scaler.is_enabled(),
+        neftune=train.neftune_alpha is not None,
+        deterministic=train.deterministic,
+    )
+    if reason is None:
+        assert installed is not None, "there is a GPU"
         reason = installed.recordable()
     if wanted == "always" and reason is not None:
         raise UserError(f"train.cuda_graphs: always is not possible here: {reason}.", hint="Set it to auto.")

@@ -211,17 +211,22 @@ def remembered_canary(folder: Path) -> Finding:
 
 
 def _graphs(subject: Subject) -> Finding:
+    from tunesmith.planning.graphs import graphs_refusal
+
     device, dtype = _device_and_dtype(subject)
     settings = _usable_settings(subject)
     train = settings.train if settings is not None else None
-    for holds, reason in (
-        (device.type == "cpu", "there is no GPU"),
-        (train is not None and train.cuda_graphs == "never", "train.cuda_graphs is never"),
-        (str(dtype) == "torch.float16", "float16 trains with a loss scale"),
-        (train is not None and train.deterministic, "train.deterministic is on"),
-    ):
-        if holds:
-            return Finding(f"none: {reason}")
+    reason = graphs_refusal(
+        train.cuda_graphs if train is not None else "auto",
+        gpu=device.type != "cpu",
+        loss_scale=str(dtype) == "torch.float16",
+        neftune=train is not None and train.neftune_alpha is not None,
+        deterministic=False,
+    )
+    if reason is None and train is not None and train.deterministic:
+        reason = "train.deterministic is on"  # the setting to change, rather than why
+    if reason is not None:
+        return Finding(f"none: {reason}")
     return Finding("where the model is too small to keep the GPU busy; decided when the run starts")
 
 

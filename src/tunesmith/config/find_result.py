@@ -7,7 +7,6 @@ base was held in training; nothing in it is followed that could run code.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from tunesmith.config.yaml_source import parse_yaml
 from tunesmith.contracts.errors import UserError
+from tunesmith.contracts.model_folder import looks_like_path, near_folder
 from tunesmith.settings.rope import RopeScaling, scaling_problems
 
 _HELD = ("none", "nf4", "int8")
@@ -68,16 +68,11 @@ def find_result(name: str) -> FoundResult:
 
 def _refuse_path(name: str, path: Path) -> None:
     """Refuse what looks like a path and is none, before the hub is asked for it."""
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if not looks_like_path and ("/" not in name or not path.parent.is_dir()):
+    if not looks_like_path(name) and ("/" not in name or not path.parent.is_dir()):
         return
-    near = difflib.get_close_matches(path.name, _folders(path.parent), n=1)
-    hint = f"Did you mean {path.parent / near[0]}?" if near else "Relative paths start at the current folder."
+    near = near_folder(path)
+    hint = f"Did you mean {near}?" if near else "Relative paths start at the current folder."
     raise UserError(f"There is no folder {path}.", hint=hint)
-
-
-def _folders(folder: Path) -> list[str]:
-    return [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
 
 
 def _no_result(path: Path) -> UserError:

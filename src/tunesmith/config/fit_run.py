@@ -23,6 +23,7 @@ from tunesmith.models.calibrate import calibrate
 from tunesmith.models.head import CausalModel
 from tunesmith.models.install import Installed
 from tunesmith.models.offload import Offloader
+from tunesmith.planning.bytes import Fixed, fixed_bytes
 from tunesmith.planning.cards import CARDS, Card, Rates, find_card
 from tunesmith.planning.facts import ModelFacts, Work
 from tunesmith.planning.fit import STATE_BYTES, USABLE_HOST, Fit
@@ -149,10 +150,9 @@ def heaviest_row(settings: RunSettings, data: PreparedData) -> tuple[int, ...]:
     return (*heaviest, left) if left > 0 else tuple(heaviest)
 
 
-def beside_bytes(causal: CausalModel, work: Work, solution: Solution, allocated: int) -> int:
+def beside_bytes(causal: CausalModel, work: Work, fixed: Fixed, allocated: int) -> int:
     """Bytes on the device that the facts do not tell: buffers, modules that are saved whole, what is not counted of
     adapters; less where the facts tell too much."""
-    fixed = solution.frame.fixed
     counted = fixed.gradients // work.trained_itemsize
     trained = sum(p.numel() for p in causal.model.parameters() if p.requires_grad)
     of_training = (trained - counted) * (work.trained_itemsize + STATE_BYTES[work.optimizer])
@@ -244,9 +244,8 @@ class Planned:
         # tensors of the step that failed may be on their way in the one before
         self.installed.offloader = Offloader(enabled=next(self.installed.model.parameters()).is_cuda)
         self.follow()
-        strip = ", ".join(f"{count} × {name}" for name, count in self.plan.strip)
         rows = solution.rows
-        return Leaner(f"layers {strip} and micro-batches of {rows} row{'s' * (rows > 1)}")
+        return Leaner(f"layers {self.plan.layout} and micro-batches of {rows} row{'s' * (rows > 1)}")
 
 
 @dataclass
@@ -311,8 +310,7 @@ def plan_fit(
         host_bytes=int(USABLE_HOST * host_bytes),
     )
     reached, budget = rates(facts, work), room.budget(request.budget)
-    first = solve(facts, request, reached, budget)
-    beside = beside_bytes(causal, work, first, room.allocated)
+    beside = beside_bytes(causal, work, fixed_bytes(facts, work), room.allocated)
     solution = solve(facts, request, reached, budget, beside=beside)
     planned = Planned(facts, request, reached, beside, budget, solution, installed)
     planned.follow()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from tunesmith.config.plan_model import cached_config
 from tunesmith.contracts.errors import UserError
 from tunesmith.contracts.model_folder import local_folder
 
@@ -20,19 +20,14 @@ def known_config(name: str, *, revision: str | None = None, trust_remote_code: b
     Raises:
         UserError: it looks like a folder and is none, holds no model, or its `config.json` cannot be read.
     """
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
     from transformers import AutoConfig
 
     where = local_folder(name)
     if where is None:
-        try:
-            cached = try_to_load_from_cache(name, "config.json", revision=revision)
-        except HFValidationError:  # no hub id either, which whoever loads it says better
+        cached = cached_config(name, revision)
+        if cached is None:
             return None
-        if not isinstance(cached, str):
-            return None
-        where = Path(cached).parent
+        where = cached.parent
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

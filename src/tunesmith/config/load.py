@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from tunesmith.config.rules import broken_rules
 from tunesmith.config.yaml_source import Document, KeyPath, parse_yaml
 from tunesmith.contracts.errors import ConfigError, Problem, UserError
+from tunesmith.settings.base import sections_of
 from tunesmith.settings.run import RunSettings
 from tunesmith.settings.urls import shown_text
 
@@ -97,18 +98,11 @@ def _apply_override(document: Document, override: str) -> None:
     document.places[path] = where
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The settings sections that an annotation allows, through unions, lists and Annotated."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for argument in get_args(annotation) for section in _sections(argument)]
-
-
 def _section_at(path: KeyPath) -> type[BaseModel]:
     section: type[BaseModel] = RunSettings
     for part, following in zip(path, [*path[1:], None][: len(path)], strict=True):
         field = section.model_fields.get(part) if isinstance(part, str) else None
-        found = _sections(field.annotation) if field else []
+        found = sections_of(field.annotation) if field else []
         if found:  # `data.eval` is a section or a list of sections, in this order
             section = found[-1] if isinstance(following, int) else found[0]
     return section

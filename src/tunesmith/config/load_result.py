@@ -14,6 +14,7 @@ from tunesmith.config.find_result import FoundResult, base_of_adapter, find_resu
 from tunesmith.config.prompting import Prompter
 from tunesmith.contracts.errors import UserError
 from tunesmith.models.adapter import load_lora
+from tunesmith.models.adapter_checks import rewrites_base
 from tunesmith.models.generate import Stop
 from tunesmith.models.loader import choose_device, choose_dtype, find_adapter, load_model, load_tokenizer
 
@@ -225,7 +226,7 @@ def base_refusal(model: Any) -> str | None:
     """Why a model with its adapter switched off would not be its base; None where it is."""
     config = model.peft_config[model.active_adapters[0]]
     start = config.init_lora_weights
-    if isinstance(start, str) and start.split("_")[0] in ("pissa", "olora", "corda"):
+    if rewrites_base(start):
         return f"this adapter took a part of the base's weights into itself ({start}), so both act together only."
     biases = any(name.endswith(".bias") for name, _ in model.get_base_model().named_parameters())
     if config.bias != "none" and biases:

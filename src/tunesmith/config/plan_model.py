@@ -42,7 +42,7 @@ def find_config(name: str, revision: str | None = None) -> FoundConfig:
     folder = local_folder(name)
     if folder is not None:
         return FoundConfig(_read(folder / "config.json", name), str(folder))
-    cached = _in_cache(name, revision)
+    cached = cached_config(name, revision)
     if cached is not None:
         return FoundConfig(_read(cached, name), "the Hugging Face cache")
     published = published_config(name) if revision is None else None
@@ -61,13 +61,18 @@ def _read(file: Path, name: str) -> dict[str, Any]:
     return values
 
 
-def _in_cache(name: str, revision: str | None) -> Path | None:
+def cached_config(name: str, revision: str | None) -> Path | None:
+    """The `config.json` of a model in the hub's cache; None where it is not there. The hub is not asked.
+
+    Args:
+        name: as `model.name` has it, and so has `revision`.
+    """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
-    except HFValidationError:  # no hub id either, which `_from_hub` says
+    except HFValidationError:  # no hub id either, which whoever asks the hub says better
         return None
     return Path(cached) if isinstance(cached, str) else None
 

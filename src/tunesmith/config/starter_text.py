@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel
 
 from tunesmith.config.yaml_source import KeyPath, parse_yaml
+from tunesmith.settings.base import sections_of
 from tunesmith.settings.run import RunSettings
 
 _WIDTH = 100
@@ -65,16 +66,10 @@ def _entry(lines: list[str], indent: str) -> Iterator[str]:
 
 def _section_of(annotation: Any, value: Any) -> type[BaseModel] | None:
     """The section that a value is of, or each of its entries; None for plain values."""
-    found = _sections(annotation)
+    found = sections_of(annotation)
     if not found or not isinstance(value, list | Mapping):
         return None
     return found[-1] if isinstance(value, list) else found[0]
-
-
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for argument in get_args(annotation) for section in _sections(argument)]
 
 
 def _others(annotation: Any, said: str) -> str:

@@ -163,7 +163,7 @@ def _strip(plan: Plan) -> str:
     """What layers keep, from the first to the last."""
     if len(plan.strip) == 1:
         return _KEPT[plan.policies[0]]
-    return "layers " + ", ".join(f"{count} × {name}" for name, count in plan.strip)
+    return f"layers {plan.layout}"
 
 
 def _foreseen(plan: Plan) -> str:

@@ -26,15 +26,24 @@ def local_folder(name: str) -> Path | None:
         return path
     if path.is_file():
         raise UserError(f"model.name: {path} is a file.", hint="Give the folder that holds config.json.")
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_like_path:
-        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1)
+    if looks_like_path(name):
+        near = near_folder(path)
         raise UserError(
-            f"model.name: there is no folder {path}.",
-            hint=f"Did you mean {path.parent / near[0]}?" if near else None,
+            f"model.name: there is no folder {path}.", hint=f"Did you mean {near}?" if near else None
         )
     return None
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name can be no hub id, `owner/model` or `model`, by how it is written."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def near_folder(path: Path) -> Path | None:
+    """The folder beside a missing one that is spelt almost so; None where there is none."""
+    siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    return path.parent / near[0] if near else None
 
 
 def _inside(folder: Path) -> str | None:

@@ -12,7 +12,8 @@ Events = Sequence[dict[str, Any]]
 AXES = {"steps": "optimizer step", "tokens": "tokens", "time": "seconds"}
 """What a curve can run over, and how an axis calls it."""
 
-_LAST = 10
+LAST = 10
+"""Steps at the end whose mean loss is the final training loss."""
 
 
 def number(event: dict[str, Any], name: str) -> float | None:
@@ -64,7 +65,7 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
 
 def final_loss(events: Events) -> float | None:
     """The mean training loss of the last steps, at most ten of them."""
-    losses = [value for _, value in series(events, "step", "loss")][-_LAST:]
+    losses = [value for _, value in series(events, "step", "loss")][-LAST:]
     return sum(losses) / len(losses) if losses else None
 
 

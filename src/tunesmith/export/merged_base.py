@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from tunesmith.contracts.hub import offline_if_unreachable
 from tunesmith.export.merged_weights import Read
 from tunesmith.models.adapter import load_lora
+from tunesmith.models.adapter_checks import rewrites_base
 from tunesmith.models.base_weight import base_weight
 from tunesmith.models.loader import load_skeleton
-
-_REWRITES = ("pissa", "olora", "corda")
-"""Starts of an adapter that change the base when it is loaded."""
 
 
 class NotStreamableError(Exception):
@@ -136,7 +134,7 @@ def streamed(
 def _check_start(adapter: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.split("_")[0] in _REWRITES:
+    if rewrites_base(start):
         raise NotStreamableError(f"the adapter changes it as a whole when it is loaded ({start})")
 
 

@@ -83,12 +83,8 @@ class ShardWriter:
     def _part(self, number: int) -> Path:
         return self._folder / f".part-{number}.safetensors"
 
-    def finish(self) -> list[str]:
-        """Write what is left, give the files their names, and write the index where there are several.
-
-        Returns:
-            The names of the files with weights.
-        """
+    def finish(self) -> None:
+        """Write what is left, give the files their names, and write the index where there are several."""
         self._flush()
         count = len(self._shards)
         names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
@@ -100,7 +96,6 @@ class ShardWriter:
             where = {tensor: name for name, held in zip(names, self._shards, strict=True) for tensor in held}
             index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(where.items()))}
             write_json(self._folder / "model.safetensors.index.json", index)
-        return names
 
 
 def on_host(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

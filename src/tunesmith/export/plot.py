@@ -30,7 +30,7 @@ def draw_loss_curve(events: Events, path: Path) -> bool:
             )
     axes.margins(x=0.08, y=0.12)
     _finish(axes, AXES["steps"], "loss (nats per token)")
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -44,11 +44,7 @@ def draw_comparison(runs: Sequence[tuple[str, Events]], path: Path, axis: str = 
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
     """
-    if find_spec("matplotlib") is None:
-        raise UserError(
-            "A PNG is drawn by matplotlib, which is not installed.",
-            hint="Install it with `pip install 'tunesmith[plot]'`, or leave out --png.",
-        )
+    check_matplotlib("leave out --png")
     figure, (above, below) = _figure(2)
     for number, (name, events) in enumerate(runs):
         color, label = f"C{number % 10}", visible(name).replace("$", r"\$")
@@ -59,7 +55,7 @@ def draw_comparison(runs: Sequence[tuple[str, Events]], path: Path, axis: str = 
     _finish(above, "", "held-out loss (nats per token)", whole=axis == "steps")
     _finish(below, AXES[axis], "training loss, smoothed", whole=axis == "steps")
     try:
-        _save(figure, path)
+        save_figure(figure, path)
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror or error}.",
@@ -67,12 +63,48 @@ def draw_comparison(runs: Sequence[tuple[str, Events]], path: Path, axis: str = 
         ) from None
 
 
-def _figure(rows: int) -> tuple[Any, list[Any]]:
+def check_matplotlib(instead: str) -> None:
+    """Refuse to draw without matplotlib.
+
+    Args:
+        instead: what else can be done, as the end of a sentence that begins with how to install it.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise UserError(
+            "A PNG is drawn by matplotlib, which is not installed.",
+            hint=f"Install it with `pip install 'tunesmith[plot]'`, or {instead}.",
+        )
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of matplotlib that needs no screen; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5 if rows == 1 else 3.4 * rows), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as a PNG, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    temporary = path.with_name(f".tmp-{path.name}.png")
+    try:
+        figure.savefig(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _figure(rows: int) -> tuple[Any, list[Any]]:
+    figure = new_figure(8, 4.5 if rows == 1 else 3.4 * rows)
     return figure, list(figure.subplots(rows, 1, squeeze=False)[:, 0])
 
 
@@ -93,12 +125,3 @@ def _finish(axes: Any, over: str, what: str, *, whole: bool = True) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
         axes.legend(frameon=False, fontsize="small")
-
-
-def _save(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f".tmp-{path.name}.png")
-    try:
-        figure.savefig(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

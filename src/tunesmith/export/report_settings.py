@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from tunesmith.contracts.visible import one_line
 from tunesmith.export.page import escape
+from tunesmith.settings.base import sections_of
 from tunesmith.settings.run import RunSettings
 
 _MOST = 400
@@ -38,13 +39,6 @@ class Setting:
     help: str
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that an annotation allows, through unions and lists."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for argument in get_args(annotation) for section in _sections(argument)]
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
@@ -62,7 +56,7 @@ def _walk(values: dict[Any, Any], sections: list[type[BaseModel]], prefix: str) 
         fields |= {**section.model_fields, **fields}
     for key, value in values.items():
         name, field = f"{prefix}{key}", fields.get(str(key))
-        inside = _sections(field.annotation) if field is not None else []
+        inside = sections_of(field.annotation) if field is not None else []
         if inside and isinstance(value, dict):
             yield from _walk(value, inside, f"{name}.")
         elif inside and isinstance(value, list) and all(isinstance(entry, dict) for entry in value):

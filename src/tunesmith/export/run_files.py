@@ -17,6 +17,7 @@ import yaml
 
 from tunesmith.contracts.errors import UserError
 from tunesmith.contracts.event_log import EVENTS, parse_events
+from tunesmith.export.curves import LAST
 
 SETTINGS, VERSIONS, DATA, MASKS, ANSWERS = (
     "run.yaml", "versions.json", "data.json", "masks.json", "answers.json",
@@ -26,8 +27,6 @@ SETTINGS, VERSIONS, DATA, MASKS, ANSWERS = (
 _DEPTH = 4
 """Levels of folders in which runs are looked for."""
 _STEP = b'{"event": "step"'
-_LAST = 10
-"""Steps at the end that are always read: their mean is the final training loss."""
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where libyaml is there
 
 
@@ -137,6 +136,6 @@ def sparse_events(path: Path, most: int = 30) -> list[dict[str, Any]]:
     except OSError:
         return []
     steps = [number for number, line in enumerate(lines) if line.startswith(_STEP)]
-    kept = {*steps[:: max(1, -(-len(steps) // most))], *steps[-_LAST - 1 :]}  # the very last may be cut short
+    kept = {*steps[:: max(1, -(-len(steps) // most))], *steps[-LAST - 1 :]}  # the very last may be cut short
     left_out = set(steps) - kept
     return list(parse_events(line for number, line in enumerate(lines) if number not in left_out))

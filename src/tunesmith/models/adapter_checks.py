@@ -19,6 +19,14 @@ from tunesmith.contracts.errors import UserError
 STARTS = ("gaussian", "pissa", "olora", "loftq")
 """Values of `init_lora_weights` by name; True and False besides."""
 
+_REWRITING = ("pissa", "olora", "corda")
+"""Starts that take a part of the base's weights into the adapter, also with more behind it: `pissa_niter_16`."""
+
+
+def rewrites_base(start: object) -> bool:
+    """Whether an adapter with this `init_lora_weights` changes the base when it is loaded."""
+    return isinstance(start, str) and start.split("_")[0] in _REWRITING
+
 
 def _head(model: Any) -> Any:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

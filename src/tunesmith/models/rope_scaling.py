@@ -52,14 +52,6 @@ def made_for(config: Any) -> int | None:
     return length if isinstance(length, int) else None
 
 
-def scaling_of(config: Any) -> dict[str, Any] | None:
-    """The scaling that a config has; None where its positions are as they were made."""
-    own = _of_all_tokens(getattr(config.get_text_config(), "rope_parameters", None))
-    if own is None or own.get("rope_type", "default") == "default":
-        return None
-    return {name: value for name, value in own.items() if name not in _OF_THE_MODEL}
-
-
 def can_stretch(config: Any) -> bool:
     """Whether a config has rotary positions that a scaling can be written to."""
     own = _of_all_tokens(getattr(config.get_text_config(), "rope_parameters", None))

@@ -6,6 +6,8 @@ docstring below each field is its help text and its line in the reference.
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -20,3 +22,10 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that an annotation allows, through unions, lists and Annotated, in the order of the annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in sections_of(argument)]
