@@ -99,8 +99,22 @@ class Job:
         """As logs are called."""
         return f"{self.case_name}.{self.system_name}"
 
-    def work(self) -> Work:
-        """What its process measures."""
+    def budget(self, records: Sequence[Record], card: str) -> float | None:
+        """GiB that it may use where that is another system's peak; None where that has not been measured."""
+        peaks = [
+            record["peak_gib"]
+            for record in records
+            if (record["case"], record["system"], record["card"], record["status"])
+            == (self.case_name, self.system.within, card, "ok")
+        ]
+        return float(peaks[-1]) if peaks else None
+
+    def work(self, budget: float | None = None) -> Work:
+        """What its process measures.
+
+        Args:
+            budget: GiB that it may use, where the table does not say.
+        """
         case = self.case
         return Work(
             config=dict(self.config),
@@ -113,7 +127,7 @@ class Job:
             steps=case.steps,
             warm=case.warm,
             layouts=list(self.system.layouts(case)),
-            options=dict(self.system.options),
+            options=dict(self.system.options) | ({} if budget is None else {"budget": budget}),
         )
 
     def expected(self, records: Sequence[Record]) -> float:
@@ -151,9 +165,9 @@ def plan(
             continue
         config, folder = shapes.SHAPES[case.shape], case.shape
         if layers:
-            case = dataclasses.replace(case, layers=layers)
-            config = config | {"num_hidden_layers": layers}
-            case_name, folder = f"{case_name}-{layers}layers", f"{case.shape}-{layers}layers"
+            case, case_name = dataclasses.replace(case, layers=layers), f"{case_name}-{layers}layers"
+        if case.layers:
+            config, folder = config | {"num_hidden_layers": case.layers}, f"{folder}-{case.layers}layers"
         jobs += [
             Job(case_name, name, case, SYSTEMS[name], config, checkpoints / folder)
             for name in case.systems
@@ -187,7 +201,7 @@ def measure(
     rows_file = results.folder / "work" / f"{job.name}.jsonl"
     rows_file.parent.mkdir(parents=True, exist_ok=True)
     rows_file.write_text("", encoding="utf-8")
-    work = job.work()
+    work = job.work(job.budget(results.read(), card.name))
     started = time.monotonic()
     code = run_process(
         [
@@ -275,6 +289,9 @@ def run_all(jobs: Sequence[Job], results: Results, card: Card, budget: float, ag
         remaining = deadline - time.monotonic()
         if job.checkpoint_seconds() + job.expected(records) > remaining:
             continue  # a shorter job further on may still fit
+        if job.system.within and job.budget(results.read(), card.name) is None:
+            print(f"{job.name}: {job.system.within} has to be measured first, for its peak", flush=True)
+            continue
         if job.checkpoint in unwritten:
             continue
         if not job.checkpoint.is_dir():

@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -77,17 +78,9 @@ def run_settings(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
 
 def rows_of_steps(trainer: Any, steps: int) -> list[list[int]]:
     """The documents of every step, over as many epochs as it takes."""
-    from tunesmith.data.batches import rows_of_epoch, steps_of_epoch
+    from tunesmith.data.feed import Position
 
-    found: list[list[int]] = []
-    epoch = 0
-    while len(found) < steps:
-        rows = rows_of_epoch(trainer.corpus, trainer.train_N, trainer.plan, epoch)
-        found += [
-            [d for row in step for d in row] for step in steps_of_epoch(trainer.corpus, rows, trainer.plan)
-        ]
-        epoch += 1
-    return found[:steps]
+    return [[d for row in step.rows for d in row] for step in islice(trainer.feed.steps(Position()), steps)]
 
 
 def trained(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -27,7 +27,7 @@ class Case:
         mean: documents of this mean length instead of equal rows.
         supervised: share of tokens that train.
         expected: seconds that a process is likely to take, start and loading included.
-        layers: fewer layers than the shape has, to try the driver out.
+        layers: fewer layers than the shape has.
     """
 
     shape: str
@@ -64,6 +64,8 @@ class System:
         options: what `measure` finds in `Work.options`.
         environment: variables of its process.
         packs: takes one packed row only, in every case.
+        within: another system, whose peak in the same case on the same card is the memory that this one may use; it
+            finds that in `Work.options` as `budget`, in GiB.
     """
 
     module: str
@@ -72,6 +74,7 @@ class System:
     options: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     packs: bool = False
+    within: str | None = None
 
     def layouts(self, case: Case) -> tuple[str, ...]:
         """The forms of a batch in which it is measured, rows of `batches.LAYOUTS`."""
@@ -103,8 +106,9 @@ class Work:
     options: dict[str, Any]
 
 
-def _ours(policy: str, kind: str) -> System:
-    return System("benchmarks.peers.with_tunesmith", kind, options={"policy": policy}, packs=True)
+def _ours(policy: str, kind: str, *, within: str | None = None, **options: Any) -> System:
+    options = {"policy": policy, **options}
+    return System("benchmarks.peers.with_tunesmith", kind, options=options, packs=True, within=within)
 
 
 def _transformers(kind: str, *needs: str, **options: Any) -> System:
@@ -128,6 +132,8 @@ def _unsloth(kind: str, checkpointing: str | bool) -> System:
 
 
 SYSTEMS: dict[str, System] = {
+    "tunesmith-plan": _ours("plan", "kept", budget=0.92),
+    "tunesmith-plan_lean": _ours("plan", "lean", within="unsloth"),
     "tunesmith-keep_all": _ours("keep_all", "kept"),
     "tunesmith-keep": _ours("keep", "kept"),
     "tunesmith-recompute_gate_up": _ours("recompute_gate_up", "lean"),
@@ -142,13 +148,18 @@ SYSTEMS: dict[str, System] = {
 }
 
 _ALL = (
-    "tunesmith-keep", "unsloth-none", "stock", "tunesmith-recompute_gate_up", "unsloth",
-    "tunesmith-offload_attention", "liger", "tunesmith-recompute", "stock-checkpointing", "tunesmith-offload",
+    "tunesmith-plan", "tunesmith-keep", "unsloth-none", "stock", "tunesmith-recompute_gate_up", "unsloth",
+    "tunesmith-plan_lean", "tunesmith-offload_attention", "liger", "tunesmith-recompute",
+    "stock-checkpointing", "tunesmith-offload",
 )  # fmt: skip
 _SMALL = ("tunesmith-keep", "unsloth-none", "stock", "unsloth", "liger", "stock-checkpointing")
 _KEPT = ("tunesmith-keep", "unsloth-none", "unsloth")
 _FULL = (
     "tunesmith-keep", "tunesmith-recompute_gate_up", "tunesmith-recompute", "stock", "stock-checkpointing", "liger"
+)  # fmt: skip
+_DEEP = (
+    "tunesmith-plan", "unsloth-none", "unsloth", "tunesmith-plan_lean", "tunesmith-offload_attention",
+    "tunesmith-recompute",
 )  # fmt: skip
 _FAMILY = ("tunesmith-keep", "unsloth-none", "tunesmith-offload_attention", "unsloth")
 
@@ -160,8 +171,11 @@ CASES: dict[str, Case] = {
     "8b-full": Case("8b", "full", 1, 4096, _FULL, expected=120),
     "135m-lora": Case("135m", "lora", 8, 512, _SMALL, steps=20, warm=5, expected=50),
     "135m-lora-masked": Case("135m", "lora", 8, 512, _KEPT, supervised=0.1, steps=20, warm=5, expected=50),
+    "70b-qlora": Case("70b", "qlora", 1, 4096, _DEEP, steps=6, expected=120, layers=8),
+    "70b-qlora-long": Case("70b", "qlora", 1, 32_768, _DEEP, steps=4, warm=2, expected=150, layers=8),
     **{
         f"{shape}-qlora": Case(shape, "qlora", 2, 4096, _FAMILY, steps=6, expected=90)
         for shape in ("mistral-7b", "qwen2.5-7b", "qwen3-8b", "gemma2-9b", "gemma3-12b", "phi-4")
     },
 }
+"""`--layers` of `compare.py` makes any of them shallower."""

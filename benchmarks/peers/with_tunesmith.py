@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from benchmarks.batches import token_batch
-from benchmarks.loop import time_steps
+from benchmarks.batches import Documents, token_batch
+from benchmarks.loop import GIB, time_steps
 from benchmarks.peers.measure import batches_of, failure, row_of
+from benchmarks.peers.processes import find_card
 from benchmarks.peers.tables import OPTIMIZERS, RANK, Work
+from benchmarks.planned import card_name, facts_of, foreseen, plan_step, work_of
 from benchmarks.shapes import device_and_dtype
 from tunesmith.contracts.batch import TokenBatch
 from tunesmith.distributed.single import SingleDevice
@@ -21,7 +23,9 @@ from tunesmith.models.head import CausalModel
 from tunesmith.models.install import Installed, install
 from tunesmith.models.loader import load_model
 from tunesmith.objectives.sft import SFT
+from tunesmith.planning.fit import USABLE_HOST
 from tunesmith.planning.graphs import graphs_pay
+from tunesmith.planning.plan import Plan
 from tunesmith.training.optim import build_optimizer
 from tunesmith.training.step import ObjectiveLoss, train_step
 
@@ -31,7 +35,7 @@ Step = Callable[[TokenBatch], float]
 @contextmanager
 def training_step(
     model: Any,
-    policy: str,
+    policy: str | Sequence[str],
     device: torch.device,
     dtype: torch.dtype,
     *,
@@ -43,7 +47,7 @@ def training_step(
 
     Args:
         model: with an adapter or with all of it trained, on `device`.
-        policy: a row of `POLICIES`, or `stock` for layers as they are.
+        policy: a row of `POLICIES`, one for each layer, or `stock` for layers as they are.
         tokens: of a step.
         adapter: what trains, a row of `OPTIMIZERS`.
         graphs: record CUDA graphs; None where training would.
@@ -51,7 +55,9 @@ def training_step(
     causal = CausalModel(model, dtype)
     name, rate = OPTIMIZERS[adapter]
     optimizer = build_optimizer(name, model, learning_rate=rate, weight_decay=0.01, betas=(0.9, 0.999))
-    installed = None if policy == "stock" else install(model, policy=policy)
+    installed = None if policy == "stock" else install(model)
+    if installed is not None:
+        installed.set_policies([policy] * len(installed.policies) if isinstance(policy, str) else policy)
     if graphs is None:
         graphs = installed is not None and device.type == "cuda" and installed.recordable() is None
         graphs = graphs and graphs_pay(tokens=tokens, layer_parameters=installed.layer_parameters())
@@ -73,6 +79,20 @@ def report(installed: Installed | None) -> dict[str, Any]:
     }
 
 
+def planned(work: Work, row: Documents, dtype: torch.dtype) -> Plan:
+    """The planner's layout within `options["budget"]`, a share of the card or GiB, with the host memory runs use."""
+    import psutil
+
+    budget = work.options["budget"]
+    return plan_step(
+        facts_of(work.config),
+        work_of(work.adapter, row.lengths, row.supervised, dtype.itemsize),
+        card=card_name(find_card().name),
+        budget=budget if budget <= 1 else budget * GIB,
+        host_bytes=int(USABLE_HOST * psutil.virtual_memory().available),
+    )
+
+
 def measure(work: Work) -> Iterator[dict[str, Any]]:
     """The row of results."""
     device, dtype = device_and_dtype()
@@ -85,8 +105,12 @@ def measure(work: Work) -> Iterator[dict[str, Any]]:
         model = add_lora(model, rank=RANK, alpha=float(RANK), dropout=0.0, targets="all-linear", seed=0)
     documents = batches_of(work)
     batches = [token_batch(row) for row in documents]
+    policy, foresight = work.options["policy"], {}
+    if policy == "plan":
+        plan = planned(work, documents[0], dtype)
+        policy, foresight = plan.policies, foreseen(plan)
     try:
-        policy, tokens = work.options["policy"], batches[0].tokens
+        tokens = batches[0].tokens
         with training_step(model, policy, device, dtype, tokens=tokens, adapter=work.adapter) as (
             step,
             installed,
@@ -100,4 +124,4 @@ def measure(work: Work) -> Iterator[dict[str, Any]]:
     except torch.OutOfMemoryError as error:
         yield failure("packed", error)
         return
-    yield row_of(work, documents, "packed", timing, batches[0].tokens) | report(installed)
+    yield row_of(work, documents, "packed", timing, batches[0].tokens) | report(installed) | foresight

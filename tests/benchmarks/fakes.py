@@ -1,4 +1,4 @@
-"""A system that measures nothing: gives rows, crashes, runs out of memory or sleeps, as its options say."""
+"""A system that measures nothing: gives rows, tells its budget, crashes, runs out of memory or sleeps, as asked."""
 
 from __future__ import annotations
 
@@ -28,4 +28,4 @@ def measure(work: Work) -> Iterator[dict[str, Any]]:
         if work.options["do"] == "sleep":
             print("compiling", flush=True)
             time.sleep(120)
-        yield measured(layout)
+        yield measured(layout, **({"budget": work.options["budget"]} if work.options["do"] == "tell" else {}))

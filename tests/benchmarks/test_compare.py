@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -226,3 +227,24 @@ def test_the_tables_name_each_other():
         assert set(case.systems) <= SYSTEMS.keys(), name
         assert case.shape in shapes.SHAPES
         assert json.loads(json.dumps(SYSTEMS[case.systems[0]].layouts(case)))
+
+
+def test_a_system_that_stays_within_another_s_peak(run, weights):
+    """It is told that peak, of the same case on the same card, and waits until it is known."""
+    systems = {"lean": dataclasses.replace(fake("tell"), within="peer"), "peer": fake()}
+    cases = {"a": tiny("lean", "peer"), "b": tiny("lean")}
+
+    rows, printed = run(cases, systems)
+    assert [(row["case"], row["system"]) for row in rows] == [("a", "peer")]
+    assert "a.lean: peer has to be measured first" in printed
+
+    rows, printed = run(cases, systems)
+    assert (rows[-1]["case"], rows[-1]["system"], rows[-1]["budget"]) == ("a", "lean", 1.0)
+    assert "b.lean: peer has to be measured first" in printed
+
+
+def test_cases_of_fewer_layers_have_checkpoints_of_their_own(tmp_path):
+    jobs = compare.plan(["70b-*"], ["unsloth"], tmp_path, None)
+    assert [(job.case_name, job.config["num_hidden_layers"], job.checkpoint.name) for job in jobs] == [
+        ("70b-qlora", 8, "70b-8layers"), ("70b-qlora-long", 8, "70b-8layers"),
+    ]  # fmt: skip

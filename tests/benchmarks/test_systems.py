@@ -59,6 +59,18 @@ def test_stock_and_ours_lose_the_same(checkpoint):
     assert expected[0] > expected[-1], "it trains"
 
 
+def test_a_planned_step_loses_the_same_and_says_what_was_foreseen(checkpoint):
+    from benchmarks.peers import with_tunesmith
+
+    options = {"policy": "plan", "budget": 0.92}
+    (row,) = with_tunesmith.measure(tiny_work(checkpoint, ["packed"], options=options))
+
+    assert row["losses"] == pytest.approx(ours(checkpoint), abs=TOLERANCE)
+    assert row["layout"] == "2 × keep_all"
+    assert row["foreseen_peak_gib"] > 0
+    assert row["fits"]
+
+
 def test_full_fine_tuning_loses_the_same(checkpoint, monkeypatch):
     """With an optimizer that rounds alike in both, which those of 8 bits do not."""
     from benchmarks.peers import tables
