@@ -18,7 +18,7 @@ import yaml
 
 from tests.cli.command import exit_code
 from tests.support.runs import run_settings
-from tunesmith.config import doctor_machine, doctor_packages, doctor_plan, doctor_row
+from tunesmith.config import doctor_machine, doctor_packages, doctor_plan, doctor_row, known_model, nvidia_smi
 from tunesmith.config.doctor import CHECKS, Diagnosis, examine
 from tunesmith.config.doctor_packages import ESSENTIAL, OPTIONAL, Optional
 from tunesmith.config.doctor_row import Check, Finding, Subject
@@ -187,7 +187,7 @@ def test_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = SimpleNamespace(free=50 * 2**20)
     monkeypatch.setattr(doctor_machine.shutil, "disk_usage", lambda _: free)
     full = doctor_machine.disk(tmp_path / "runs" / "new", needed=True)
-    assert (full.state, full.value) == ("broken", f"0.0 GiB free in {tmp_path}")
+    assert (full.state, full.value) == ("broken", f"50.0 MiB free in {tmp_path}")
     assert doctor_machine.disk(tmp_path, needed=False).state == "note"
     free.free = 2**30
     assert doctor_machine.disk(tmp_path, needed=True).state == "note"
@@ -221,7 +221,7 @@ def test_several_gpus(smi: Any) -> None:
 def test_a_driver_that_does_not_answer_is_no_gpu(smi: Any, lines: tuple[str, ...]) -> None:
     smi(*lines, code=0 if "," in lines[0] else 9)
 
-    assert doctor_row.ask_nvidia_smi() == []
+    assert nvidia_smi.ask_nvidia_smi() == []
     assert finding(examine(checks=rows("GPU")), "GPU").value == "no NVIDIA GPU found"
 
 
@@ -281,12 +281,31 @@ def test_an_older_gpu_and_settings_that_decide(on_a_gpu: Any, run_file: Any) -> 
     settings = {"train": {"deterministic": True}, "model": {"dtype": "float32"}}
     diagnosis = examine(run_file(**settings), checks=rows(*names))
     assert finding(diagnosis, "compute type").value == "float32: model.dtype says so"
-    assert finding(diagnosis, "CUDA graphs").value == "none: train.deterministic is on"
+    assert finding(diagnosis, "CUDA graphs").value == (
+        "none: train.deterministic is on, and a run that goes on would record at other steps than one that never "
+        "stopped"
+    )
 
     diagnosis = examine(run_file(train={"neftune_alpha": 5}, model={"dtype": "float32"}), checks=rows(*names))
     assert finding(diagnosis, "CUDA graphs").value.startswith("none: NEFTune")
     diagnosis = examine(run_file(model={"attention": "varlen", "dtype": "float32"}), checks=rows("attention"))
     assert finding(diagnosis, "attention").state == "broken"
+
+
+def test_the_config_of_the_model_is_read_once(
+    on_a_gpu: Any, run_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_gpu(9, 0)
+    read, names = known_model.known_config, []
+
+    def counted(name: str, **options: Any) -> Any:
+        names.append(name)
+        return read(name, **options)
+
+    monkeypatch.setattr(known_model, "known_config", counted)
+    diagnosis = examine(run_file(), checks=rows("model", "attention", "layers"))
+    assert finding(diagnosis, "layers").value.startswith("fused, as ")
+    assert len(names) == 1
 
 
 def test_layers_that_are_not_fused(on_a_gpu: Any, run_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,25 @@ def test_the_file_trains_as_it_is(folder: Path, tiny_model_dir: Path, capsys: An
     assert (folder / "runs" / "x" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(None, False), ((60.0, 599.0), False), ((3600.0, 10800.0), True)]
+)
+def test_a_long_run_on_a_cpu_is_announced(
+    folder: Path,
+    tiny_model_dir: Path,
+    monkeypatch: Any,
+    capsys: Any,
+    seconds: tuple[float, float] | None,
+    said: bool,
+) -> None:
+    monkeypatch.setattr(init, "seconds_on_cpu", lambda *_: seconds)
+    succeed("init", "--model", tiny_model_dir, "--data", "rows.jsonl")
+    note = "on this CPU the run takes 60 minutes to 3 hours; train.steps=20 behind"
+    assert (note in capsys.readouterr().out) == said
+    text = Path("run.yaml").read_text(encoding="utf-8")
+    assert ("in all, 60 minutes to 3 hours on the CPU of the machine that wrote this." in text) == said
+
+
 def test_every_flag_is_in_the_file(folder: Path, tiny_model_dir: Path) -> None:
     rows = [{"frage": "wie viele", "antwort": "vier"}] * 30
     for name in ("train.jsonl", "held.jsonl"):

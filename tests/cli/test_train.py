@@ -96,7 +96,7 @@ def test_the_same_command_on_a_finished_run_trains_nothing(run_file, tmp_path: P
     capsys.readouterr()
     succeed("train", path)
     assert weights(tmp_path / "run") == before
-    assert f"Going on after step {STEPS} of {STEPS}." in capsys.readouterr().out
+    assert f"All {STEPS} steps are done already; to train on, raise their number." in capsys.readouterr().out
 
 
 def test_settings_that_are_refused_do_not_replace_those_of_the_checkpoint(
@@ -132,6 +132,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run_file, tmp_path: 
     (warning,) = [line for line in out.splitlines() if line.startswith("warning: ")]
     assert f"passing over the damaged checkpoint {damaged.parent}: " in warning
     assert "Going on after step 6 of 8." in out
+    assert "training       2 steps after step 6, " in out
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
@@ -185,7 +186,10 @@ def test_a_stopped_run_saves_says_so_and_goes_on_bit_for_bit(
     stopped = killed(getattr(signal, name), 4, path)
     said = "\nstopping after this step; Ctrl-C once more ends at once\n" if name == "SIGINT" else ""
     assert (stopped.returncode, stopped.stderr) == (0, said)
-    assert "Stopped after step 5 and saved. The same command goes on from there." in stopped.stdout
+    *rows, last = stopped.stdout.splitlines()
+    assert last == "Stopped after step 5 and saved. The same command goes on from there."
+    assert rows[-1] == f"report         {run / 'report.html'}"
+    assert rows[-3].startswith("training       5 steps")
     assert not (run / "adapter").exists()
     assert (run / "checkpoints" / "step-00000005").is_dir()
     succeed("train", path)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
 import pytest
 
 from tunesmith.config.load import load_settings
+from tunesmith.config.names_elsewhere import OPTIMIZERS, REMARKS, SETTINGS
 from tunesmith.contracts.errors import ConfigError, UserError
+from tunesmith.settings.base import sections_of
+from tunesmith.settings.run import OptimizerName, RunSettings
 
 MINIMAL = "model: {name: x}\ndata: {train: [{path: a.jsonl}]}\n"
 
@@ -86,6 +89,47 @@ def test_a_missing_file_names_the_nearest(write, tmp_path: Path) -> None:
         load_settings(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("train: {lr: 1e-4}", "unknown setting train.lr; here it is train.learning_rate"),
+        ("train: {micro_batch_size: 2}", "unknown setting train.micro_batch_size; did you mean micro_batch?"),
+        (
+            "train: {gradient_accumulation_steps: 4}",
+            "unknown setting train.gradient_accumulation_steps; here it is train.global_batch (it counts the rows of "
+            "all micro-batches of a step)",
+        ),
+        ("lora_r: 16", "unknown setting lora_r; here it is adapter.rank"),
+        ("train: {rank: 16}", "unknown setting train.rank; it is adapter.rank"),
+        ("learning_rate: 1.0", "unknown setting learning_rate; it is train.learning_rate"),
+        ("data: {train: [{path: a}], split: train}", "unknown setting data.split; it is data.train.0.split"),
+        ("data: {train: [{path: a}], path: b}", "unknown setting data.path; it is data.train.0.path"),
+        (
+            "parallel: {what: 1}",
+            "unknown setting parallel.what; expected one of engine, replicate, shard, tensor,",
+        ),
+        ("train: {optimizer: adamw_torch}", "(did you mean 'adamw'?)"),
+    ],
+)
+def test_names_of_other_tools_and_of_other_sections(write, section: str, said: str) -> None:
+    kept = [line for line in MINIMAL.splitlines() if line.partition(":")[0] != section.partition(":")[0]]
+    (problem,) = problems(write("\n".join([*kept, section, ""])))
+    assert said in problem
+
+
+def test_every_name_of_another_tool_leads_to_a_setting() -> None:
+    for here in SETTINGS.values():
+        section, name = here.split(".")
+        (found, *_) = sections_of(RunSettings.model_fields[section].annotation)
+        assert name in found.model_fields
+    sections = [
+        found for field in RunSettings.model_fields.values() for found in sections_of(field.annotation)
+    ]
+    assert not any(name in section.model_fields for section in sections for name in SETTINGS)
+    assert set(OPTIMIZERS.values()) <= set(get_args(OptimizerName))
+    assert set(REMARKS) <= set(SETTINGS)
+
+
 @pytest.mark.parametrize("text", ["- a\n", "hello\n"])
 def test_a_file_without_sections(write, text: str) -> None:
     assert problems(write(text)) == ["run.yaml:1: no sections; expected model:, data: and so on"]
@@ -107,21 +151,18 @@ train:
 memory: 3
 """
     assert problems(write(text)) == [
-        "run.yaml:10: seed is given twice; it already stands at run.yaml:9",
         "run.yaml:1: model is missing; this setting has no default",
+        "run.yaml:1: unknown setting modle; did you mean model?",
         "run.yaml:4: data.train.0.path is missing; this setting has no default",
-        "run.yaml:4: unknown setting data.train.0.pth; expected one of path, format, columns, template, role_key,"
-        " content_key, train_key, roles, train_roles, last_answer_only, reasoning, tool_calls, weight, split,"
-        " name, revision (did you mean path?)",
-        "run.yaml:7: train.packing is 'no'; expected true or false",
-        "run.yaml:11: train.global_batch is 'many'; expected a whole number or a number of tokens such as"
-        " '32768 tokens'",
+        "run.yaml:4: unknown setting data.train.0.pth; did you mean path?",
         "run.yaml:6: train.steps is 2.5; expected a whole number",
+        "run.yaml:7: train.packing is 'no'; expected true or false",
         "run.yaml:8: train.scheduler is 'cosin'; expected 'cosine', 'linear', 'constant', 'inverse_sqrt' or"
         " 'cosine_with_min_lr' (did you mean 'cosine'?)",
+        "run.yaml:10: seed is given twice; it already stands at run.yaml:9",
+        "run.yaml:11: train.global_batch is 'many'; expected a whole number or a number of tokens such as"
+        " '32768 tokens'",
         "run.yaml:12: memory is 3; expected a section of settings",
-        "run.yaml:1: unknown setting modle; expected one of model, adapter, data, objective, train, memory,"
-        " parallel, output (did you mean model?)",
     ]
 
 
@@ -150,9 +191,28 @@ memory: 3
             " '32768 tokens'",
         ),
         ("train: {max_grad_norm: .nan}", "train.max_grad_norm is nan; expected a finite number"),
-        ("data: {train: {path: a}}", "data.train is {'path': 'a'}; expected a list"),
+        (
+            "data: {train: {path: a}}",
+            "data.train is {'path': 'a'}; expected a list of sources (write `- path: a` below data.train)",
+        ),
+        (
+            "data: {train: a.jsonl}",
+            "data.train is 'a.jsonl'; expected a list of sources (write `- path: a.jsonl` below data.train)",
+        ),
         ("data: {train: []}", "data.train is []; expected at least 1 entry"),
-        ("data: {train: [a]}", "data.train.0 is 'a'; expected a section of settings"),
+        (
+            "data: {train: [a]}",
+            "data.train.0 is 'a'; expected a list of sources (write `- path: a` below data.train)",
+        ),
+        ("data: {train: [3]}", "data.train.0 is 3; expected a section of settings"),
+        (
+            "data: {train: [{path: a}], eval: b.jsonl}",
+            "data.eval is 'b.jsonl'; expected a list of sources (write `- path: b.jsonl` below data.eval)",
+        ),
+        (
+            "data: {train: [{path: a}], eval: {fraction: some}}",
+            "data.eval.fraction is 'some'; expected a number",
+        ),
         (
             "data: {train: [{path: a, columns: {prompt: 1}}]}",
             "data.train.0.columns.prompt is 1; expected text",
@@ -167,9 +227,7 @@ memory: 3
         ),
         (
             "data: {train: [{path: a}], eval: [{path: b, spilt: c}]}",
-            "unknown setting data.eval.0.spilt; expected one of path, format, columns, template, role_key,"
-            " content_key, train_key, roles, train_roles, last_answer_only, reasoning, tool_calls, weight, split,"
-            " name, revision (did you mean split?)",
+            "unknown setting data.eval.0.spilt; did you mean split?",
         ),
     ],
 )
@@ -254,9 +312,9 @@ def test_an_override_of_an_unknown_setting_is_named(write, override: str) -> Non
 def test_problems_of_file_overrides_and_validation_come_together(write) -> None:
     found = problems(write(MINIMAL + "train: {seed: -1}\n"), "nonsense", "train.steps=abc")
     assert [line.partition(":")[0] for line in found] == [
+        "run.yaml",
         "override 'nonsense'",
         "override 'train.steps=abc'",
-        "run.yaml",
     ]
 
 

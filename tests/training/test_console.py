@@ -8,6 +8,7 @@ import math
 import pytest
 from rich.console import Console
 
+from tests.support.events import stepped
 from tunesmith.config.terminal import asks_for_plain, open_console
 from tunesmith.contracts.events import (
     Evaluated,
@@ -18,6 +19,7 @@ from tunesmith.contracts.events import (
     Saved,
     Started,
     Stepped,
+    Underway,
     Warned,
 )
 from tunesmith.training.console import ConsoleView
@@ -28,10 +30,9 @@ STARTED = Started(step=0, total_steps=1000, resumed=False, trained_parameters=9,
 
 
 def _step(number: int, loss: float = 1.0, *, applied: bool = True, seconds: float = 2.0) -> Stepped:
-    return Stepped(
-        step=number, epoch=number / 238, loss=loss, grad_norm=1.0, learning_rate=1.8e-4, tokens=10,
-        supervised_tokens=5, tokens_per_second=12345.0, supervised_tokens_per_second=0.5, seconds=seconds,
-        memory_gib=12.54, memory_now_gib=10.16, loss_scale=1.0, applied=applied,
+    return stepped(
+        number, epoch=number / 238, loss=loss, learning_rate=1.8e-4, tokens_per_second=12345.0, seconds=seconds,
+        memory_gib=12.54, memory_now_gib=10.16, applied=applied,
     )  # fmt: skip
 
 
@@ -88,6 +89,31 @@ def test_a_view_before_the_first_step_and_after_the_last():
     assert view_lines(figures, 80)[0].plain.endswith("━ 1,000/1,000 · 100% · 0:05:12")
     figures.take(Finished(step=1000, reason="early stop", seconds=312.0))
     assert view_lines(figures, 80)[0].plain.endswith(" · 0:05:12, early stop")
+
+
+def test_what_goes_on_between_steps_is_said_until_it_is_over():
+    figures = Figures()
+    figures.take(STARTED)
+    figures.take(Underway(step=0, what="held-out loss", done=12, total=78))
+    assert view_lines(figures, 80)[1].plain == "now       held-out loss before training 12/78"
+    figures.take(Underway(step=0, what="sample answers"))
+    assert view_lines(figures, 80)[1].plain == "now       sample answers before training"
+    figures.take(Evaluated(step=0, loss=1.0, tokens=9, seconds=1.0))
+    assert not any(line.plain.startswith("now") for line in view_lines(figures, 80))
+    figures.take(_step(1))
+    figures.take(Underway(step=1200, what="held-out loss", done=0, total=78))
+    assert view_lines(figures, 80)[1].plain == "now       held-out loss after step 1,200 0/78"
+
+
+def test_a_log_says_what_goes_on_after_a_minute_of_silence(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("tunesmith.training.console.time.monotonic", lambda: now[0])
+    page = io.StringIO()
+    view = ConsoleView(Console(file=page, width=100))
+    for done in range(5):
+        view.on_event(Underway(step=0, what="held-out loss", done=done, total=5))
+        now[0] += 25.0
+    assert page.getvalue() == "held-out loss before training 3/5\n"
 
 
 def test_a_terminal_without_blocks_gets_letters():

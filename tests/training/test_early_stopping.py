@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,20 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from tests.support.runs import build, run_settings, train
+from tests.support.runs import build, train
 from tunesmith.config.execute import execute
 from tunesmith.config.leave_result import leave_result
 from tunesmith.config.load import load_settings
 from tunesmith.contracts.errors import ConfigError, UserError
-from tunesmith.training.cadence import best_step, evaluations_without_gain
+from tunesmith.training.cadence import evaluations_without_gain
 from tunesmith.training.evaluate import HeldOutLoss, held_out_loss
 
 
 @pytest.fixture
-def settings(tiny_model_dir: Path, tmp_path: Path):
+def settings(settings: Callable[..., dict[str, Any]]):
     def make(**sections: dict[str, Any]) -> dict[str, Any]:
         sections["output"] = {"eval_every": 1} | sections.get("output", {})
-        return run_settings(tiny_model_dir, tmp_path, **sections)
+        return settings(**sections)
 
     return make
 
@@ -61,12 +62,6 @@ def losses(monkeypatch: pytest.MonkeyPatch):
 )
 def test_evaluations_without_a_gain(evals, every, min_delta, count):
     assert evaluations_without_gain(evals, every=every, min_delta=min_delta) == count
-
-
-def test_the_best_step_is_the_latest_of_the_lowest_finite_losses():
-    assert best_step({}) is None
-    assert best_step({0: math.nan, 5: math.inf}) is None
-    assert best_step({0: 3.0, 10: 2.0, 20: 2.0, 30: math.nan}) == 20
 
 
 def test_a_run_ends_when_the_loss_no_longer_falls(settings, losses):

@@ -84,3 +84,18 @@ def test_no_matrix_of_logits_exists(monkeypatch):
         )
     assert supervised * 4096 > 4 * allowed, "the matrix would have been seen"
     assert largest.elements <= allowed
+
+
+def test_each_micro_batch_is_told():
+    model, told = tiny_llama(dtype=torch.float64), []
+    with packed_attention(model, "sdpa"):
+        held_out_loss(
+            CausalModel(model, torch.float64),
+            random_corpus(LENGTHS),
+            np.arange(len(LENGTHS)),
+            max_tokens=max(LENGTHS),
+            autocast=torch.autocast("cpu", enabled=False),
+            progress=lambda *counts: told.append(counts),
+        )
+    assert len(told) > 2
+    assert told == [(done, len(told)) for done in range(len(told))]

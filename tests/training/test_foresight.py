@@ -7,28 +7,22 @@ import io
 import pytest
 from rich.console import Console
 
-from tunesmith.contracts.events import Compared, Event, Saved, Stepped
+from tests.support.events import stepped
+from tunesmith.contracts.events import Compared, Event, Saved
 from tunesmith.training.console import ConsoleView
 from tunesmith.training.foresight import FIRST, LAST, Forecast, Foresight
 
 GIB = 2**30
 
 
-def step(number: int, speed: float) -> Stepped:
-    return Stepped(
-        step=number, epoch=0.0, loss=1.0, grad_norm=1.0, learning_rate=1.0, tokens=1, supervised_tokens=1,
-        tokens_per_second=speed, supervised_tokens_per_second=speed, seconds=1.0, memory_gib=1.0, loss_scale=1.0,
-        applied=True,
-    )  # fmt: skip
-
-
 def test_the_first_steps_are_compared_with_the_plan_once():
     said: list[Event] = []
-    foresight = Foresight(Forecast(30 * GIB, 1000.0), said.append, lambda: (31.0, 33.0))
+    foresight = Foresight(Forecast(30 * GIB, 1000.0), said.append, lambda: 33.0)
     speeds = [1.0] * (FIRST - 1) + [900.0, 910.0, 920.0, 5000.0] + [1e6] * 4
     for number, speed in enumerate(speeds):
         foresight.on_event(Saved(step=number, path="", seconds=0.0))
-        foresight.on_event(step(100 + number, speed))
+        memory = 31.0 if number + 1 == LAST else 32.0
+        foresight.on_event(stepped(100 + number, tokens_per_second=speed, memory_gib=memory))
         assert len(said) == (number + 1 >= LAST)
     assert said == [
         Compared(

@@ -6,21 +6,15 @@ import json
 import math
 from pathlib import Path
 
-from tunesmith.contracts.events import Stepped, Warned
+from tests.support.events import stepped
+from tunesmith.contracts.events import Underway, Warned
 from tunesmith.training.metrics import EventLog, read_events
-
-
-def _step(number: int, loss: float) -> Stepped:
-    return Stepped(
-        step=number, epoch=0.5, loss=loss, grad_norm=1.0, learning_rate=1e-3, tokens=10, supervised_tokens=5,
-        tokens_per_second=1.0, supervised_tokens_per_second=0.5, seconds=1.0, memory_gib=0.1, loss_scale=1.0,
-        applied=True,
-    )  # fmt: skip
 
 
 def test_events_are_strict_json_lines_also_where_a_loss_is_not_finite(tmp_path: Path):
     log = EventLog(tmp_path / "events.jsonl")
-    for event in (_step(1, 2.0), _step(2, math.nan), Warned(step=2, message="careful")):
+    shown = Underway(step=2, what="held-out loss", done=1, total=2)  # for those who watch
+    for event in (stepped(1, loss=2.0), stepped(2, loss=math.nan), shown, Warned(step=2, message="careful")):
         log.on_event(event)
     log.close()
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
@@ -32,13 +26,13 @@ def test_events_are_strict_json_lines_also_where_a_loss_is_not_finite(tmp_path: 
 def test_going_on_drops_the_events_of_steps_that_run_again(tmp_path: Path):
     log = EventLog(tmp_path / "events.jsonl")
     for number in range(1, 6):
-        log.on_event(_step(number, 1.0))
+        log.on_event(stepped(number, loss=1.0))
     log.close()
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"event": "step", "st')  # cut off by a kill
     assert len(read_events(tmp_path / "events.jsonl")) == 5
     log = EventLog(tmp_path / "events.jsonl", keep_until=3)
-    log.on_event(_step(4, 0.5))
+    log.on_event(stepped(4, loss=0.5))
     log.close()
     assert [(e["step"], e["loss"]) for e in read_events(tmp_path / "events.jsonl")] == [
         (1, 1.0), (2, 1.0), (3, 1.0), (4, 0.5),

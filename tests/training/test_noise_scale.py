@@ -14,13 +14,14 @@ from torch import nn
 
 from tests.distributed.test_graphs import FunctionRecorder
 from tests.support.documents import random_corpus
-from tests.support.runs import build, run_settings, train
+from tests.support.runs import build, train
 from tests.support.tiny import tiny_llama
 from tunesmith.config.load import load_settings
 from tunesmith.contracts.errors import UserError
 from tunesmith.contracts.events import Measured
 from tunesmith.data.batches import collate
 from tunesmith.distributed import graphs
+from tunesmith.distributed.backend import Gradients
 from tunesmith.distributed.gradient_norms import added_square, changed_square
 from tunesmith.distributed.single import SingleDevice
 from tunesmith.models.attention import packed_attention
@@ -145,8 +146,8 @@ def test_what_each_micro_batch_adds_is_its_own_gradient_with_tied_embeddings_cou
 def test_a_loss_scale_is_taken_out() -> None:
     backend, gradients, _ = step_of(True, scaler=1024.0)
     assert gradients.squares.tolist() == pytest.approx(each_alone(), rel=1e-5)
-    plain = squares_of(*step_of(True)[:2])
-    assert squares_of(backend, gradients).whole == pytest.approx(plain.whole, rel=1e-5)
+    plain = squares_of(*step_of(True)[:2]).read()
+    assert squares_of(backend, gradients).read().whole == pytest.approx(plain.whole, rel=1e-5)
 
 
 def test_a_copy_of_the_sum_gives_the_same() -> None:
@@ -189,13 +190,27 @@ def test_recorded_micro_batches_are_measured_as_well_and_add_the_same(monkeypatc
 
 def test_norms_of_layers_equal_torchs_and_make_up_the_norm_of_the_step() -> None:
     backend, gradients, by_name = step_of(False)
-    squares = squares_of(backend, gradients)
+    squares = squares_of(backend, gradients).read()
     norms = layer_norms(squares.by_name)
     assert list(norms) == ["embed_tokens", "layers.0", "layers.1", "norm"]
     for layer, norm in norms.items():
         own = [g for name, g in by_name.items() if f".{layer}." in f".{name}"]
         assert norm == pytest.approx(float(nn.utils.get_total_norm(own)), rel=1e-6)
     assert math.sqrt(squares.whole) == pytest.approx(float(nn.utils.get_total_norm(list(by_name.values()))))
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_nothing_is_read_from_the_device_before_the_update(noise: bool) -> None:
+    """Meta tensors have no values: whoever reads one gets an error."""
+
+    class Backend:
+        def gradient_squares(self) -> dict[str, torch.Tensor]:
+            return {name: torch.empty((), dtype=torch.float64, device="meta") for name in ("a", "b")}
+
+    parts = torch.empty(3, dtype=torch.float64, device="meta") if noise else None
+    unread = squares_of(Backend(), Gradients((), 1.0, parts))
+    assert unread.names == ("a", "b")
+    assert unread.values.shape == (5 if noise else 2,)
 
 
 @pytest.mark.parametrize(
@@ -216,14 +231,6 @@ def test_names_of_layers(name: str, layer: str) -> None:
 
 
 # ---------------------------------------------------------------- in a run
-
-
-@pytest.fixture
-def settings(tiny_model_dir: Path, tmp_path: Path):
-    def make(**sections: Any) -> dict[str, Any]:
-        return run_settings(tiny_model_dir, tmp_path, **sections)
-
-    return make
 
 
 def test_training_is_the_same_bit_for_bit(settings, tmp_path: Path) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support.runs import Recorder, build, run_settings
+from tests.support.runs import Recorder, build
 from tunesmith.config.assemble import Run
 from tunesmith.contracts.errors import UserError
 from tunesmith.training.replan import Leaner, OutOfRoomError, Replanner
@@ -22,13 +21,13 @@ LAST = "model.layers.1"
 
 
 @pytest.fixture
-def settings(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def settings(settings: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     def make(**sections: Any) -> dict[str, Any]:
         train = {"steps": 4, "micro_batch": "auto", "global_batch": 4, "packing": False} | sections.pop(
             "train", {}
         )
         adapter = {"dropout": 0.2} | sections.pop("adapter", {})
-        return run_settings(tiny_model_dir, tmp_path, train=train, adapter=adapter, **sections)
+        return settings(train=train, adapter=adapter, **sections)
 
     return make
 
@@ -139,7 +138,6 @@ def test_nothing_of_a_step_that_failed_is_left(settings):
     failing = Shortage(run, {2})
     found: list[int] = []
     gradients: list[bool] = []
-    assert run.trainer.replanner is not None
     down = run.trainer.replanner._ladder.down
 
     def look(largest: int, longest: int) -> Leaner | None:

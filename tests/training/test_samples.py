@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support.runs import build, run_settings, train
+from tests.support.runs import build, train
+from tunesmith.config import prepare_data
 from tunesmith.contracts.errors import ConfigError, UserError
+from tunesmith.data.sources import open_source
 from tunesmith.models.generate import Stop
 from tunesmith.training.metrics import read_events
 from tunesmith.training.sample import sample_answers
 
 
 @pytest.fixture
-def settings(tiny_model_dir: Path, tmp_path: Path):
+def settings(settings: Callable[..., dict[str, Any]]):
     def make(**sections: dict[str, Any]) -> dict[str, Any]:
         sections["output"] = {"sample_every": 2, "sample_tokens": 5} | sections.get("output", {})
-        return run_settings(tiny_model_dir, tmp_path, **sections)
+        return settings(**sections)
 
     return make
 
@@ -111,6 +114,20 @@ def test_prompts_of_several_sources_and_of_training_rows_where_nothing_is_held_o
     shown = [prompt.shown for prompt in run.trainer.sampler.prompts]
     assert shown[:2] == ["q0", "q1"]
     assert len(shown) == 3
+
+
+def test_sources_are_opened_once(settings, monkeypatch):
+    opened = []
+
+    def count(path: str, **options: Any) -> Any:
+        opened.append(path)
+        return open_source(path, **options)
+
+    monkeypatch.setattr(prepare_data, "open_source", count)
+    made = settings(data={"eval": {"fraction": 0.2}})
+    run, _ = build(made)
+    assert len(run.trainer.sampler.prompts) == 3
+    assert opened == [made["data"]["train"][0]["path"]]
 
 
 def test_a_text_is_asked_by_its_beginning(settings, tmp_path):

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import pytest
 
+from tests.support.events import stepped
 from tests.support.runs import Recorder, run_settings, train
 from tunesmith.config.load import load_settings
 from tunesmith.config.tracking import refuse_missing_trackers, tracked_settings
@@ -26,11 +27,7 @@ from tunesmith.training.trackers import Trackers, metric_name
 
 
 def _step(number: int, loss: float | None = None) -> Stepped:
-    return Stepped(
-        step=number, epoch=number / 10, loss=10.0 - number if loss is None else loss, grad_norm=0.5,
-        learning_rate=1e-3, tokens=100, supervised_tokens=50, tokens_per_second=20.0,
-        supervised_tokens_per_second=10.0, seconds=1.0, memory_gib=0.25, loss_scale=1.0, applied=True,
-    )  # fmt: skip
+    return stepped(number, epoch=number / 10, loss=10.0 - number if loss is None else loss)
 
 
 def _eval(step: int, loss: float, **by_source: float) -> Evaluated:
@@ -116,7 +113,7 @@ class Memory:
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     memory = Memory()
-    row = Tracker(module="json", extra="memory", open=memory.open, close=memory.close)
+    row = Tracker(module="json", open=memory.open, close=memory.close)
     monkeypatch.setitem(TRACKERS, "memory", row)
     return memory
 
@@ -127,7 +124,7 @@ def test_every_name_has_a_row_and_an_extra():
     assert set(TRACKERS) == set(get_args(TrackerName))
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     extras = tomllib.loads(text)["project"]["optional-dependencies"]
-    assert {row.extra for row in TRACKERS.values()} <= set(extras)
+    assert set(TRACKERS) <= set(extras)
 
 
 def test_figures_of_steps_evaluations_and_samples_are_written(memory, tmp_path):
@@ -235,9 +232,7 @@ def test_a_damaged_memory_of_runs_begins_a_new_one(memory, tmp_path, text):
 
 def test_a_tracker_that_fails_becomes_one_warning_and_the_others_go_on(memory, tmp_path, monkeypatch):
     other = Memory()
-    monkeypatch.setitem(
-        TRACKERS, "other", Tracker(module="json", extra="o", open=other.open, close=other.close)
-    )
+    monkeypatch.setitem(TRACKERS, "other", Tracker(module="json", open=other.open, close=other.close))
     memory.fails_at = 2
     part = Part(tmp_path / "run", "memory", "other")
     part.run(*map(_step, range(1, 5)))

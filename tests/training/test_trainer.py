@@ -6,27 +6,18 @@ import json
 import math
 import os
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.support.runs import build, run_settings, train
+from tests.support.runs import build, train
 from tunesmith.config.load import load_settings
 from tunesmith.contracts.errors import ConfigError, NonFiniteError, UserError
 from tunesmith.data.feed import Position
 from tunesmith.settings.quantities import seconds_of
 from tunesmith.training.metrics import read_events
 from tunesmith.training.step import train_step
-
-
-@pytest.fixture
-def settings(tiny_model_dir: Path, tmp_path: Path):
-    def make(**sections):
-        return run_settings(tiny_model_dir, tmp_path, **sections)
-
-    return make
 
 
 def _run(settings: dict):
@@ -42,6 +33,8 @@ def test_training_lowers_the_held_out_loss_and_says_so(settings):
     assert outcome.last_eval < 0.75 * outcome.first_eval
     assert [event.step for event in events.of("step")] == list(range(1, 41))
     assert events.of("end")[0].reason == "complete"
+    underway = [(event.step, event.what) for event in events.of("underway")]
+    assert set(underway) == {(0, "held-out loss"), (40, "held-out loss")}
     step = events.of("step")[0]
     assert step.supervised_tokens < step.tokens
     assert step.grad_norm > 0

@@ -10,9 +10,17 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from tunesmith.config.starter import Wishes, default_output, refuse_file, starter_text, write_starter
+from tunesmith.config.starter import (
+    Wishes,
+    default_output,
+    refuse_file,
+    sizes_of,
+    starter_text,
+    write_starter,
+)
 from tunesmith.config.starter_data import Lengths, Look, likely_data, look_at, measure
 from tunesmith.config.starter_text import choices
+from tunesmith.config.starter_time import seconds_on_cpu
 from tunesmith.contracts.errors import DataError, UserError
 from tunesmith.contracts.plural import counted
 from tunesmith.data.cache import cache_folder
@@ -22,6 +30,8 @@ from tunesmith.settings.run import ObjectiveSettings
 
 _MODEL_QUESTION = "Model (a folder, or a Hugging Face id)"
 _MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_WORTH_SAYING = 600.0
+"""Seconds on a CPU from which on it is said how long the run takes."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +87,10 @@ def write_run_file(path: str, flags: Flags, console: Console, *, force: bool) ->
     if wishes.held_out is not None:
         look_at(wishes.held_out, format=look.format.name, columns=look.renames)
     wishes, lengths = _measure(wishes, look, console, again=flags.model is None)
-    write_starter(file, starter_text(wishes, look, lengths, file=file), force=force)
-    _report(file, look, lengths, console)
+    seconds = seconds_on_cpu(wishes.model, wishes.adapter, sizes_of(wishes, look, lengths))
+    duration = "" if seconds is None or seconds[1] < _WORTH_SAYING else " to ".join(map(rough_span, seconds))
+    write_starter(file, starter_text(wishes, look, lengths, file=file, duration=duration), force=force)
+    _report(file, look, lengths, duration, console)
 
 
 def _measure(wishes: Wishes, look: Look, console: Console, *, again: bool) -> tuple[Wishes, Lengths]:
@@ -222,7 +234,7 @@ def _default_model() -> str:
 # ---------------------------------------------------------------- report
 
 
-def _report(file: Path, look: Look, lengths: Lengths, console: Console) -> None:
+def _report(file: Path, look: Look, lengths: Lengths, duration: str, console: Console) -> None:
     def say(text: str, style: str | None = None) -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
@@ -239,6 +251,12 @@ def _report(file: Path, look: Look, lengths: Lengths, console: Console) -> None:
             f"warning: {counted(lengths.dropped, 'row')} of {lengths.rows:,} would not train; data check says why",
             "yellow",
         )
+    if duration:
+        say(
+            f"note: there is no GPU here, and on this CPU the run takes {duration}; train.steps=20 behind the "
+            "command makes it a short one",
+            "yellow",
+        )
     name = shlex.quote(str(file))
     say(f"data  {look.format.name}: {look.described}")
     say(f"wrote {file}")
@@ -250,3 +268,11 @@ def _report(file: Path, look: Look, lengths: Lengths, console: Console) -> None:
     width = max(len(f"tunesmith {command} {name}") for command, _ in steps)
     for number, (command, what) in enumerate(steps):
         say(f"{'next' if number == 0 else '':<5} {f'tunesmith {command} {name}':<{width}}   {what}")
+
+
+def rough_span(seconds: float) -> str:
+    """A time that is known roughly: `2 minutes`, `3 hours`, `12 days`."""
+    for noun, size, most in (("minute", 60, 90), ("hour", 3600, 36)):
+        if seconds < most * size:
+            return counted(max(1, round(seconds / size)), noun)
+    return counted(round(seconds / 86400), "day")

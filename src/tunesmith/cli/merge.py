@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tunesmith.config.find_result import find_result
 from tunesmith.contracts.errors import UserError
+from tunesmith.contracts.sizes import file_size
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -59,7 +60,7 @@ def merge(options: MergeOptions, console: Console) -> None:
         trust_remote_code=options.trust_remote_code,
         say=say,
     )
-    lines = [f"merged    {merged.folder} ({merged.bytes / 1e9:.2f} GB in {options.dtype})"]
+    lines = [f"merged    {merged.folder} ({file_size(merged.bytes)} in {options.dtype})"]
     checked = merged.verification
     if checked is None:
         lines.append("checked   no (--no-verify)")

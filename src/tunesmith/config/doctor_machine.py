@@ -10,12 +10,13 @@ from pathlib import Path
 
 from tunesmith.config.doctor_row import Check, Finding, State, Subject
 from tunesmith.contracts.plural import counted
+from tunesmith.contracts.sizes import memory_size
 from tunesmith.data.cache import cache_folder
 
 PYTHONS = ((3, 11), (3, 14))
 """The first version of Python that runs tunesmith, and the first that does not any more."""
-_GIB = 2**30
-_FULL, _SCARCE = 100 * 2**20, 10 * _GIB
+_MIB, _GIB = 2**20, 2**30
+_FULL, _SCARCE = 100 * _MIB, 10 * _GIB
 """Bytes of a disk without which nothing can be written, and below which models and checkpoints soon fill it."""
 _LITTLE_MEMORY = 4 * _GIB
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -49,10 +50,10 @@ def _memory(_: Subject) -> Finding:
 
     memory = psutil.virtual_memory()
     limit = container_limit(_CGROUP_LIMITS)
-    value = f"{memory.available / _GIB:.1f} GiB free of {memory.total / _GIB:.1f} GiB"
+    value = f"{memory_size(memory.available)} free of {memory_size(memory.total)}"
     usable = memory.available
     if limit is not None and limit < memory.total:
-        value += f"; this container may use {limit / _GIB:.1f} GiB"
+        value += f"; this container may use {memory_size(limit)}"
         usable = min(usable, limit)
     if usable < _LITTLE_MEMORY:
         return Finding(value, "note", "Models of more than a few hundred million parameters will not fit.")
@@ -97,7 +98,7 @@ def disk(folder: Path, *, needed: bool) -> Finding:
     if not os.access(place, os.W_OK):
         return Finding(f"{place} cannot be written", bad, "Change its permissions, or choose another folder.")
     free = shutil.disk_usage(place).free
-    value = f"{free / _GIB:.1f} GiB free in {place}"
+    value = f"{memory_size(free)} free in {place}"
     if free < _FULL:
         return Finding(value, bad, "The disk is full: free some space.")
     if free < _SCARCE:
@@ -112,8 +113,8 @@ def _gpus(subject: Subject) -> Finding:
             "no NVIDIA GPU found", "note", "Runs are on the CPU: right for small models, slow for others."
         )
     lines = [
-        f"{card['name']}, {int(card['memory.free']) / 1024:.1f} GiB free of "
-        f"{int(card['memory.total']) / 1024:.1f} GiB, compute capability {card['compute_cap']}"
+        f"{card['name']}, {memory_size(int(card['memory.free']) * _MIB)} free of "
+        f"{memory_size(int(card['memory.total']) * _MIB)}, compute capability {card['compute_cap']}"
         for card in cards
     ]
     if len(lines) > 1:

@@ -77,7 +77,7 @@ OPTIONAL: dict[str, Optional] = {
     "trl": Optional("trl", "tunesmith.SFTTrainer, for scripts that were written for TRL", "trl"),
     "gguf": Optional("gguf", "models in GGUF files, such as the demo's", "gguf"),
     "s3fs": Optional("s3fs", "data from s3:// addresses", "s3"),
-    **{name: Optional(row.module, f"output.track: [{name}]", row.extra) for name, row in TRACKERS.items()},
+    **{name: Optional(row.module, f"output.track: [{name}]", name) for name, row in TRACKERS.items()},
 }
 """What a run can do without, and what it would add."""
 

@@ -57,7 +57,7 @@ def _model(subject: Subject) -> Finding | None:
         return None
     name = settings.model.name
     try:
-        config = _config(settings)
+        config = subject.config
     except UserError as error:
         return Finding(error.message, "broken", error.hint or "")
     if config is None:
@@ -65,18 +65,6 @@ def _model(subject: Subject) -> Finding | None:
             f"{name} is not on this machine", "note", "The hub is asked for it when the run starts."
         )
     return Finding(f"{name}, {config.model_type}")
-
-
-def _config(settings: RunSettings) -> Any:
-    """The config of the run's model; None where it is not on this machine.
-
-    Raises:
-        UserError: as `known_config`.
-    """
-    from tunesmith.config.known_model import known_config
-
-    model = settings.model
-    return known_config(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
 def _data(subject: Subject) -> Finding | None:
@@ -151,7 +139,7 @@ def _attention(subject: Subject) -> Finding:
         return Finding(error.message, "broken", error.hint or "")
     if device.type == "cpu":
         return Finding(f"{stock}: one exact call for each document; all others need a GPU")
-    fused = fused_backend(device, dtype, _config(settings) if settings is not None else None)
+    fused = fused_backend(device, dtype, subject.config if settings is not None else None)
     return Finding(f"{fused} in fused layers, {stock} in stock ones")
 
 
@@ -179,7 +167,7 @@ def _layers(subject: Subject) -> Finding:
         advice = "Install it: `pip install triton`."
         return Finding("fused layers in their torch forms: triton is missing", "note", advice)
     settings = _usable_settings(subject)
-    config = _config(settings) if settings is not None else None
+    config = subject.config if settings is not None else None
     if config is None:
         return Finding(
             "fused, for the families in docs/families.md", advice="Name a run file to see for its model."
@@ -221,10 +209,8 @@ def _graphs(subject: Subject) -> Finding:
         gpu=device.type != "cpu",
         loss_scale=str(dtype) == "torch.float16",
         neftune=train is not None and train.neftune_alpha is not None,
-        deterministic=False,
+        deterministic=train is not None and train.deterministic,
     )
-    if reason is None and train is not None and train.deterministic:
-        reason = "train.deterministic is on"  # the setting to change, rather than why
     if reason is not None:
         return Finding(f"none: {reason}")
     return Finding("where the model is too small to keep the GPU busy; decided when the run starts")

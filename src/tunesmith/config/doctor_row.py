@@ -1,22 +1,14 @@
-"""The words of `tunesmith doctor`: a row of its table, what a row found, and the run that it is about. Torch-free.
-
-A GPU is asked for through `nvidia-smi`, which answers where torch is missing or was built without CUDA, the very
-cases in which somebody looks here.
-"""
+"""The words of `tunesmith doctor`: a row of its table, what a row found, and the run that it is about. Torch-free."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
+from tunesmith.config.nvidia_smi import ask_nvidia_smi
 from tunesmith.settings.run import RunSettings
-
-SMI_FIELDS = ("name", "memory.total", "memory.free", "driver_version", "compute_cap")
-"""What `nvidia-smi` is asked for; memory comes in MiB."""
 
 State = Literal["good", "note", "missing", "broken", "unknown"]
 """`note` is worth knowing, `missing` an optional part that is not there, `broken` what makes training impossible,
@@ -59,6 +51,20 @@ class Subject:
         return None if self.run_file is None else load_settings(self.run_file)
 
     @cached_property
+    def config(self) -> Any:
+        """The config of the run's model; None without a run, and where the model is not on this machine.
+
+        Raises:
+            UserError: as `settings`, or the config cannot be read.
+        """
+        from tunesmith.config.known_model import known_config
+
+        if self.settings is None:
+            return None
+        model = self.settings.model
+        return known_config(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+
+    @cached_property
     def cards(self) -> list[dict[str, str]]:
         """The GPUs of the machine by `SMI_FIELDS`, whatever torch says of them."""
         return ask_nvidia_smi()
@@ -77,19 +83,3 @@ class Check:
     section: str
     name: str
     probe: Callable[[Subject], Finding | None]
-
-
-def ask_nvidia_smi() -> list[dict[str, str]]:
-    """Name, memory in MiB, driver and compute capability of each GPU; empty where there is none."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    command = [program, f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits"]
-    try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [
-        [field.strip() for field in line.split(",")] for line in asked.stdout.splitlines() if line.strip()
-    ]
-    return [dict(zip(SMI_FIELDS, row, strict=True)) for row in rows if len(row) == len(SMI_FIELDS)]

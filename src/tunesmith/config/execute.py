@@ -57,7 +57,11 @@ def execute(
                 f"output.dir: {folder} holds checkpoints, and output.resume is never.",
                 hint="Choose another output.dir, or set output.resume: auto to go on from them.",
             )
-        return _execute(settings, folder, console, () if quiet else questions, answer_tokens, quiet=quiet)
+        result = _execute(settings, folder, console, () if quiet else questions, answer_tokens, quiet=quiet)
+    from tunesmith.config.summary import print_ending
+
+    print_ending(console, result)  # behind the row of the report
+    return result
 
 
 def _execute(
@@ -128,6 +132,7 @@ def _result(run: Run, folder: Path, outcome: Outcome, left: Left | None) -> RunR
         loss_curve=curve if drawn else None,
         reason=outcome.reason,
         steps=outcome.step,
+        new_steps=outcome.new_steps,
         first_eval=outcome.first_eval,
         last_eval=outcome.last_eval,
         best_step=outcome.best_step,

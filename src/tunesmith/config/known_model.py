@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.config.plan_model import cached_config
-from tunesmith.contracts.errors import UserError
+from tunesmith.contracts.errors import UserError, first_line
 from tunesmith.contracts.model_folder import local_folder
 
 
@@ -31,6 +31,7 @@ def known_config(name: str, *, revision: str | None = None, trust_remote_code: b
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UserError(f"model.name: the config.json of {name} cannot be read: {first}.") from error
+        raise UserError(
+            f"model.name: the config.json of {name} cannot be read: {first_line(error)}."
+        ) from error
     return config.get_text_config()

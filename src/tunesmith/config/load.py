@@ -7,6 +7,7 @@ what was expected and the nearest thing that would have been right. Torch-free.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +16,17 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from tunesmith.config.names_elsewhere import OPTIMIZERS, named_here
 from tunesmith.config.rules import broken_rules
 from tunesmith.config.yaml_source import Document, KeyPath, parse_yaml
 from tunesmith.contracts.errors import ConfigError, Problem, UserError
 from tunesmith.settings.base import sections_of
+from tunesmith.settings.data import SourceSettings
 from tunesmith.settings.run import RunSettings
 from tunesmith.settings.urls import shown_text
 
+_SURE = 0.8
+"""Likeness of two names from which on one is a slip of the other: `micro_batch_size` and `micro_batch` are 0.81."""
 _EXPECTED = {
     "int_type": "expected a whole number",
     "int_from_float": "expected a whole number",
@@ -137,20 +142,44 @@ def _names_other_member(location: Sequence[str | int], data: Any) -> bool:
     return False
 
 
+def _instead_of(path: KeyPath) -> str:
+    """What to write in place of an unknown setting: the one that is meant, where that can be told."""
+    name, known = str(path[-1]), list(_section_at(path[:-1]).model_fields)
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=_SURE):
+        return f"did you mean {near[0]}?"
+    same = [f"{section}.{name}" for section, names in _names().items() if name in names]
+    same = [each for each in same if each.startswith(f"{path[0]}.")] or same
+    if len(same) == 1:
+        return f"it is {same[0]}"
+    if (here := named_here(name)) is not None:
+        return f"here it is {here}"
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+
+
+def _source_without_a_list(path: KeyPath, value: Any) -> str | None:
+    """How sources are written, where one stands without its list or its `path`; None elsewhere."""
+    if path[:2] not in (("data", "train"), ("data", "eval")) or not all(isinstance(p, int) for p in path[2:]):
+        return None
+    if isinstance(value, Mapping) and len(path) == 2:
+        value = value.get("path")
+    return f"write `- path: {shown_text(value)}` below data.{path[1]}" if isinstance(value, str) else None
+
+
+def _names() -> dict[str, list[str]]:
+    """The settings of each section, and those of a source."""
+    sections = {name: sections_of(field.annotation) for name, field in RunSettings.model_fields.items()}
+    found = {name: [*section[0].model_fields] for name, section in sections.items() if section}
+    return found | {"data.train.0": [*SourceSettings.model_fields]}
+
+
 def _problem(document: Document, path: KeyPath, errors: list[ErrorDetails]) -> Problem:
     """One problem for all errors that validation found at one place."""
     name = ".".join(map(str, path))
     error = errors[0]
     kind, value = error["type"], error["input"]
     if kind == "extra_forbidden":
-        known = list(_section_at(path[:-1]).model_fields)
-        near = difflib.get_close_matches(str(path[-1]), known, n=1)
-        return Problem(
-            document.place(path),
-            f"unknown setting {name}",
-            f"expected one of {', '.join(known)}",
-            f"did you mean {near[0]}?" if near else None,
-        )
+        return Problem(document.place(path), f"unknown setting {name}", _instead_of(path))
     if kind == "missing":
         return Problem(document.place(path), f"{name} is missing", "this setting has no default")
     expected = []
@@ -165,7 +194,11 @@ def _problem(document: Document, path: KeyPath, errors: list[ErrorDetails]) -> P
     allowed = [
         w.strip("'") for e in errors for w in re.findall(r"'[^']*'", e.get("ctx", {}).get("expected", ""))
     ]
-    near = difflib.get_close_matches(str(value), allowed, n=1)
+    if source := _source_without_a_list(path, value):
+        found = f"{name} is {shown_text(repr(value))}"
+        return Problem(document.place(path), found, "expected a list of sources", source)
+    near = [OPTIMIZERS[value]] if path[-1] == "optimizer" and value in OPTIMIZERS else []
+    near = near or difflib.get_close_matches(str(value), allowed, n=1)
     shown = "empty" if value is None else shown_text(repr(value))
     shown = shown if len(shown) < 80 else shown[:77] + "..."
     return Problem(
@@ -185,6 +218,16 @@ def _validation_problems(error: ValidationError, document: Document) -> list[Pro
         path for path in by_path if any(other[: len(path)] == path and other != path for other in by_path)
     }
     return [_problem(document, path, errors) for path, errors in by_path.items() if path not in shadowed]
+
+
+def _by_line(problems: list[Problem]) -> list[Problem]:
+    """In the order of the file; what stands in no line of it comes last."""
+
+    def line(problem: Problem) -> float:
+        number = problem.where.rpartition(":")[2]
+        return int(number) if number.isdecimal() else math.inf
+
+    return sorted(problems, key=line)
 
 
 def load_settings(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunSettings:
@@ -215,12 +258,12 @@ def load_settings(source: str | Path | Mapping[str, Any], overrides: Sequence[st
     try:
         settings = RunSettings.model_validate(document.data)
     except ValidationError as error:
-        raise ConfigError(document.problems + _validation_problems(error, document)) from None
+        raise ConfigError(_by_line(document.problems + _validation_problems(error, document))) from None
     broken = [
         Problem(document.place(path), found, expected) for path, found, expected in broken_rules(settings)
     ]
     if document.problems or broken:
-        raise ConfigError(document.problems + broken)
+        raise ConfigError(_by_line(document.problems + broken))
     return settings
 
 

@@ -27,6 +27,7 @@ from tunesmith.config.load_result import (
 )
 from tunesmith.config.prompting import Prompter
 from tunesmith.contracts.errors import StorageError, UserError
+from tunesmith.contracts.sizes import file_size, memory_size
 from tunesmith.export.merged import write_merged
 from tunesmith.export.merged_base import NotStreamableError, streamed
 from tunesmith.export.merged_card import merged_card
@@ -146,7 +147,7 @@ def _check_disk(target: Path, need: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < need:
         raise StorageError(
-            f"The merged model takes {need / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left.",
+            f"The merged model takes {file_size(need)}, and {folder} has {file_size(free)} left.",
             hint="Free some space, or name a folder on another disk.",
         )
 
@@ -164,7 +165,7 @@ def _computed_in(found: FoundResult, device: torch.device, parameters: int, veri
     need = parameters * held.itemsize
     if verify and need > 0.95 * free:
         raise UserError(
-            f"Checking the merged model takes {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free.",
+            f"Checking the merged model takes {memory_size(need)} of memory, and {memory_size(free)} are free.",
             hint="Add --no-verify to merge without the check; merging itself takes little.",
         )
     return held

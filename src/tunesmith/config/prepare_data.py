@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,13 @@ Progress = Callable[[str, int], None]
 """Called with a source's name and the number of its rows that are prepared."""
 
 
+class Opened(NamedTuple):
+    """A source of the run file, and its rows: what it downloaded or built is kept for who reads them again."""
+
+    settings: SourceSettings
+    source: Source
+
+
 @dataclass(frozen=True, slots=True)
 class PreparedData:
     """Everything that training needs to know about the data.
@@ -41,6 +48,7 @@ class PreparedData:
     Attributes:
         renderer: renders conversations and masks them.
         corpus: documents of all sources in tables, training ones first.
+        opened: those sources, as the run file has them and as they were opened, in the same order.
         train_N: documents that train; none where they are streamed.
         held_out_N: documents that measure.
         feed: the steps of training.
@@ -52,6 +60,7 @@ class PreparedData:
 
     renderer: Renderer
     corpus: Corpus
+    opened: tuple[Opened, ...]
     train_N: NDArray[np.int64]
     held_out_N: NDArray[np.int64]
     feed: TableFeed | StreamFeed
@@ -161,16 +170,17 @@ def open_stream(
     return SourceStream(opened, **_row_options(settings, source, renderer))
 
 
+def _open(sources: Sequence[SourceSettings], tell: Tell | None) -> tuple[Opened, ...]:
+    return tuple(Opened(source, open_settings_source(source, tell=tell)) for source in sources)
+
+
 def _tokenize(
-    settings: RunSettings,
-    source: SourceSettings,
-    renderer: Renderer,
-    progress: Progress | None,
-    tell: Tell | None,
+    settings: RunSettings, opened: Opened, renderer: Renderer, progress: Progress | None
 ) -> TokenTable:
+    source = opened.settings
     cache = Path(settings.data.cache_dir).expanduser() if settings.data.cache_dir else default_cache_dir()
     return tokenize_source(
-        open_settings_source(source, tell=tell),
+        opened.source,
         **_row_options(settings, source, renderer),
         cache_dir=cache,
         workers=None if settings.data.workers == "auto" else settings.data.workers,
@@ -197,7 +207,8 @@ def prepare_data(
     if settings.data.streaming:
         return _stream(settings, renderer, held, progress, tell)
     sources = [*settings.data.train, *held]
-    tables = [_tokenize(settings, source, renderer, progress, tell) for source in sources]
+    opened = _open(sources, tell)
+    tables = [_tokenize(settings, each, renderer, progress) for each in opened]
     names = [*names_of(settings.data.train), *names_of(held)]
     corpus = Corpus(tables, [source.weight for source in sources], names)
     in_training = sum(len(table) for table in tables[: len(settings.data.train)])
@@ -213,7 +224,7 @@ def prepare_data(
     _check_groups(corpus, train_N, plan)
     reports = tuple(zip(names, (table.report for table in tables), strict=True))
     feed = TableFeed(corpus, train_N, plan)
-    return PreparedData(renderer, corpus, train_N, held_out_N, feed, reports, _fingerprint(tables))
+    return PreparedData(renderer, corpus, opened, train_N, held_out_N, feed, reports, _fingerprint(tables))
 
 
 def _fingerprint(tables: Sequence[TokenTable]) -> str:
@@ -250,14 +261,15 @@ def _stream(
     streams = [open_stream(settings, source, renderer, tell) for source in settings.data.train]
     weights = [source.weight for source in settings.data.train]
     feed = StreamFeed(streams, weights, batch_plan(settings), settings.data.buffer_tokens)
-    tables = [_tokenize(settings, source, renderer, progress, tell) for source in held]
+    opened = _open(held, tell)
+    tables = [_tokenize(settings, each, renderer, progress) for each in opened]
     names = [*names_of(settings.data.train), *names_of(held)]
     corpus = Corpus(tables, names=names[len(streams) :])
     found = [*(stream.report for stream in streams), *(table.report for table in tables)]
     reports = list(zip(names, found, strict=True))
     key = content_key({"stream": feed.fingerprint(), "held out": _fingerprint(tables)})
     none, everything = np.empty(0, dtype=np.int64), np.arange(len(corpus))
-    return PreparedData(renderer, corpus, none, everything, feed, tuple(reports), key)
+    return PreparedData(renderer, corpus, opened, none, everything, feed, tuple(reports), key)
 
 
 def batch_plan(settings: RunSettings) -> BatchPlan:

@@ -24,6 +24,7 @@ class RunResult:
         best_eval: that loss.
         best_checkpoint: the checkpoint of that step, None where none was written there.
         result_step: the step whose weights the result has; None without a result.
+        new_steps: how many of the steps this process made.
         tokens: tokens trained on by this process.
         seconds: wall time of training.
         by_source: held-out losses of each source, the first and the last one; empty where there is only one.
@@ -43,6 +44,7 @@ class RunResult:
     best_eval: float | None = None
     best_checkpoint: Path | None = None
     result_step: int | None = None
+    new_steps: int = 0
 
 
 def losses_by_source(events: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tunesmith.config.assemble import Run
     from tunesmith.data.batches import Documents
 
+REPORT_COLUMN = len("held-out loss")
+"""Characters of the first column, in which the row of the report stands below those of the result."""
 _OF_SOURCE, _DOCUMENTS, _TOKENS = 3, 6, 400
 """Documents of a source and of all sources whose masks are kept, and tokens of each."""
 
@@ -52,7 +54,9 @@ def reported(folder: Path, console: Console) -> Iterator[None]:
         if _stamp(folder) != before:
             with _no_failure(console, "the report"):
                 path = write_report(folder, running=False)
-                console.print(f"{'report':<13}  {path}", markup=False, highlight=False, soft_wrap=True)
+                console.print(
+                    f"{'report':<{REPORT_COLUMN}}  {path}", markup=False, highlight=False, soft_wrap=True
+                )
 
 
 def _stamp(folder: Path) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.config.load_result import stop_of as ends_of
-from tunesmith.config.prepare_data import PreparedData, open_settings_source, reading_of
+from tunesmith.config.prepare_data import Opened, PreparedData, reading_of
 from tunesmith.config.prompting import Prompter
 from tunesmith.contracts.errors import DataError, UserError
 from tunesmith.data.formats import Conversation, Prompt, Supervised, Text, convert
@@ -29,7 +29,6 @@ from tunesmith.models.attention import attending_all
 from tunesmith.models.generate import Stop
 from tunesmith.models.head import CausalModel
 from tunesmith.models.install import Installed
-from tunesmith.settings.data import SourceSettings
 from tunesmith.settings.run import RunSettings
 from tunesmith.training.sample import SamplePrompt, Sampler
 
@@ -59,7 +58,7 @@ def make_sampler(
         return None
     ask = output.sample_prompts
     if ask is None:
-        prompts = _of_data(settings, data, tokenizer)
+        prompts = _of_data(data, tokenizer)
     elif isinstance(ask, str):
         prompts = _of_file(Path(ask).expanduser(), data.renderer, tokenizer)
     else:
@@ -142,13 +141,11 @@ def _of_file(path: Path, renderer: Renderer, tokenizer: Any) -> list[SamplePromp
     return prompts
 
 
-def _of_data(settings: RunSettings, data: PreparedData, tokenizer: Any) -> list[SamplePrompt]:
+def _of_data(data: PreparedData, tokenizer: Any) -> list[SamplePrompt]:
     """The first prompts that are held out, or that train where nothing is."""
-    held = settings.data.eval if isinstance(settings.data.eval, Sequence) else ()
-    sources = [*settings.data.train, *held][-len(data.corpus.sources) :]  # streams have no tables
     documents_N = data.held_out_N if len(data.held_out_N) else data.train_N
     prompts: list[SamplePrompt] = []
-    for source, own_N in zip(sources, data.corpus.by_source(documents_N), strict=True):
+    for opened, own_N in zip(data.opened, data.corpus.by_source(documents_N), strict=True):
         first: dict[int, int] = {}  # the first document of each row
         for document in own_N.tolist():
             table, index = data.corpus.locate(document)
@@ -158,17 +155,18 @@ def _of_data(settings: RunSettings, data: PreparedData, tokenizer: Any) -> list[
                 break
         prompts += [
             _of_document(item, document, data, tokenizer)
-            for item, document in zip(_items(source, list(first)), first.values(), strict=True)
+            for item, document in zip(_items(opened, list(first)), first.values(), strict=True)
         ]
     return prompts
 
 
-def _items(source: SourceSettings, indices: Sequence[int]) -> Iterator[Supervised]:
+def _items(opened: Opened, indices: Sequence[int]) -> Iterator[Supervised]:
     """What the rows of these indices, ascending, say; the source is read no further than the last of them."""
+    source = opened.settings
     if not indices:
         return
     columns = dict(source.columns)
-    rows, found = find_format(open_settings_source(source), source.format, columns, reading_of(source))
+    rows, found = find_format(opened.source, source.format, columns, reading_of(source))
     wanted = set(indices)
     for row in rows:
         if row.index in wanted:

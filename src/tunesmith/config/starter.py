@@ -178,7 +178,7 @@ def _sections(wishes: Wishes, look: Look | None = None, sizes: Sizes | None = No
     }
 
 
-def _remarks(wishes: Wishes, look: Look, lengths: Lengths, sizes: Sizes) -> dict[KeyPath, str]:
+def _remarks(wishes: Wishes, look: Look, lengths: Lengths, sizes: Sizes, duration: str) -> dict[KeyPath, str]:
     """What is to be said of values beside the docstrings of their settings: where they come from."""
     source: KeyPath = ("data", "train", 0)
     remarks: dict[KeyPath, str] = {
@@ -190,7 +190,8 @@ def _remarks(wishes: Wishes, look: Look, lengths: Lengths, sizes: Sizes) -> dict
     if wishes.adapter == "none":
         remarks[("train", "learning_rate")] = "A tenth of what an adapter takes: all weights move."
     if sizes.steps is not None:
-        remarks[("train", "epochs")] = f"Here: about {counted(sizes.steps, 'step')} in all."
+        takes = f", {duration} on the CPU of the machine that wrote this" if duration else ""
+        remarks[("train", "epochs")] = f"Here: about {counted(sizes.steps, 'step')} in all{takes}."
     return remarks
 
 
@@ -217,20 +218,26 @@ def length_remark(lengths: Lengths, sizes: Sizes) -> str:
     return text
 
 
-def starter_text(wishes: Wishes, look: Look, lengths: Lengths, *, file: Path) -> str:
+def sizes_of(wishes: Wishes, look: Look, lengths: Lengths) -> Sizes:
+    """The sizes of the run that is wished for."""
+    plain_text = look.format.kind is Text
+    return choose_sizes(lengths, plain_text=plain_text, sequence_length=wishes.sequence_length)
+
+
+def starter_text(wishes: Wishes, look: Look, lengths: Lengths, *, file: Path, duration: str = "") -> str:
     """The text of the run file.
 
     Args:
         look: the format of the training data.
         lengths: of its rows.
         file: where it will be written.
+        duration: what the run takes without a GPU, in words; empty where there is one or nobody knows.
 
     Raises:
         ConfigError: wishes that do not go together.
     """
-    plain_text = look.format.kind is Text
-    sizes = choose_sizes(lengths, plain_text=plain_text, sequence_length=wishes.sequence_length)
-    body = commented_yaml(_sections(wishes, look, sizes), _remarks(wishes, look, lengths, sizes))
+    sizes = sizes_of(wishes, look, lengths)
+    body = commented_yaml(_sections(wishes, look, sizes), _remarks(wishes, look, lengths, sizes, duration))
     text = f"{_head(file)}{body}\n"
     load_settings(parse_yaml(text, str(file)).data)
     return text

@@ -28,7 +28,7 @@ def refuse_missing_trackers(settings: RunSettings) -> None:
     """
     missing = [name for name in settings.output.track if not is_installed(TRACKERS[name].module)]
     if missing:
-        extras = ",".join(TRACKERS[name].extra for name in missing)
+        extras = ",".join(missing)
         raise UserError(
             f"output.track: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed.",
             hint=f'Install with `pip install "tunesmith[{extras}]"`, or take the name out of output.track.',

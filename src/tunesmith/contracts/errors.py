@@ -29,6 +29,12 @@ class UserError(Exception):
         return f"{self.message}\n{self.hint}" if self.hint else self.message
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without its full stop; the name of its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong in a configuration: where, what stood there, what was expected, the fix."""

@@ -12,9 +12,14 @@ from typing import Any, ClassVar, Protocol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """The base of every event; `step` is the number of optimizer steps that are complete."""
+    """The base of every event; `step` is the number of optimizer steps that are complete.
+
+    Attributes:
+        kept: whether `events.jsonl` has it; otherwise it is for those who watch.
+    """
 
     kind: ClassVar[str]
+    kept: ClassVar[bool] = True
     step: int
 
     def record(self) -> dict[str, Any]:
@@ -91,6 +96,20 @@ class Evaluated(Event):
     tokens: int
     seconds: float
     by_source: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Underway(Event):
+    """Something between steps takes its time: `what` it is, and how many of its parts are done.
+
+    `total` is 0 where there are no parts to be counted. What it comes to is another event.
+    """
+
+    kind: ClassVar[str] = "underway"
+    kept: ClassVar[bool] = False
+    what: str
+    done: int = 0
+    total: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tunesmith.contracts.errors import DataError
+from tunesmith.contracts.errors import DataError, first_line
 from tunesmith.data.found import Found, Stored
 
 _ROWS_AT_ONCE = 1024
@@ -70,7 +70,6 @@ def _arrow_errors(label: str, kind: str) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        first_line = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"{label} cannot be read as {kind}: {first_line}.", hint="Write or download it again."
+            f"{label} cannot be read as {kind}: {first_line(error)}.", hint="Write or download it again."
         ) from error

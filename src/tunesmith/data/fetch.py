@@ -20,6 +20,7 @@ from datetime import date
 from pathlib import Path
 
 from tunesmith.contracts.errors import StorageError
+from tunesmith.contracts.sizes import file_size
 from tunesmith.data.cache import DamagedEntryError, cache_folder, content_key, obtain
 from tunesmith.data.readers import suffix_of
 from tunesmith.data.remote import Remote, RemoteStream, Tell, UnreachableError, Version, persist
@@ -131,10 +132,10 @@ def _copy(remote: Remote, version: Version, part: Path, folder: Path, tell: Tell
 
 
 def _blocks(remote: Remote, version: Version, at: int, tell: Tell | None) -> Iterator[bytes]:
-    whole = f" of {_size(version.size)}" if version.size is not None else ""
+    whole = f" of {file_size(version.size)}" if version.size is not None else ""
     if tell is not None:
-        size = f" ({_size(version.size)})" if version.size is not None else ""
-        tell(f"downloading {remote.label}{size}{f', going on at {_size(at)}' if at else ''}", True)
+        size = f" ({file_size(version.size)})" if version.size is not None else ""
+        tell(f"downloading {remote.label}{size}{f', going on at {file_size(at)}' if at else ''}", True)
     told = time.monotonic()
     with RemoteStream(remote, version, at) as stream:
         while block := stream.read(_BLOCK):
@@ -142,7 +143,7 @@ def _blocks(remote: Remote, version: Version, at: int, tell: Tell | None) -> Ite
             at += len(block)
             if tell is not None and time.monotonic() - told >= _TELL_EVERY:
                 told = time.monotonic()
-                tell(f"downloading {remote.label}: {_size(at)}{whole}", False)
+                tell(f"downloading {remote.label}: {file_size(at)}{whole}", False)
 
 
 def _check_room(remote: Remote, version: Version, at: int, folder: Path) -> None:
@@ -151,8 +152,8 @@ def _check_room(remote: Remote, version: Version, at: int, folder: Path) -> None
     free = shutil.disk_usage(folder).free
     if version.size - at > free - _SPARE:
         raise StorageError(
-            f"{remote.label} has {_size(version.size)}, and the disk of the cache {folder.parent} has"
-            f" {_size(free)} free.",
+            f"{remote.label} has {file_size(version.size)}, and the disk of the cache {folder.parent} has"
+            f" {file_size(free)} free.",
             hint=_ROOM,
         )
 
@@ -163,13 +164,3 @@ def _sweep(root: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - part.stat().st_mtime > _ABANDONED_AFTER:
                 part.unlink()
-
-
-def _size(count: int | None) -> str:
-    """Bytes for people."""
-    value, unit = float(count or 0), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if unit == "bytes" or value >= 100 else f"{value:.1f} {unit}"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-from tunesmith.contracts.errors import DataError
+from tunesmith.contracts.errors import DataError, first_line
 from tunesmith.contracts.hub import offline_if_unreachable
 from tunesmith.data.columnar import without_nulls
 from tunesmith.data.found import Found
@@ -60,13 +60,9 @@ def explain_failure(path: str, error: BaseException) -> DataError:
     text = f"{type(error).__name__}: {error}"
     for pattern, sentence, hint in _CAUSES:
         if re.search(pattern, text, flags=re.IGNORECASE):
-            detail = "" if sentence.startswith(("is gated", "could not")) else f" ({_first_line(error)})"
+            detail = "" if sentence.startswith(("is gated", "could not")) else f" ({first_line(error)})"
             return DataError(f"The Hugging Face data set {path!r} {sentence}{detail}.", hint=hint)
-    return DataError(f"The Hugging Face data set {path!r} cannot be loaded: {_first_line(error)}.")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
+    return DataError(f"The Hugging Face data set {path!r} cannot be loaded: {first_line(error)}.")
 
 
 class HubRows:

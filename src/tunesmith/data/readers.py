@@ -339,3 +339,21 @@ def suffix_of(path: Path | str) -> str:
     """The suffix that decides how a file is read, in lower case: `.jsonl`, or `.jsonl.gz`."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     return "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
+
+
+KINDS = f"The kinds that can be read: {', '.join(READERS)}."
+"""The hint where a file is of no such kind."""
+
+
+def reader_of(path: Path | str, label: str, *, hint: str = KINDS) -> Reader:
+    """The reader of a file, by its name.
+
+    Raises:
+        DataError: there is none for its kind, with `hint`.
+    """
+    reader = READERS.get(suffix_of(path))
+    if reader is None:
+        raise DataError(
+            f"{label} is of a kind that cannot be read ({suffix_of(path) or 'no suffix'}).", hint=hint
+        )
+    return reader

@@ -13,7 +13,7 @@ from pathlib import Path
 from tunesmith.contracts.errors import DataError
 from tunesmith.data.cache import content_key
 from tunesmith.data.fetch import fetch
-from tunesmith.data.readers import READERS, Located, Reader, suffix_of
+from tunesmith.data.readers import KINDS, Located, Reader, reader_of, suffix_of
 from tunesmith.data.remote import Remote, RemoteFile, Tell, Version, persist
 from tunesmith.data.s3 import S3File, match_pattern
 from tunesmith.data.web import WebFile
@@ -101,12 +101,6 @@ class RemoteFiles:
 
 
 def _reader(name: str, label: str) -> Reader:
-    reader = READERS.get(suffix_of(name))
-    if reader is None:
-        folder = label.startswith("s3") and not suffix_of(name)
-        kinds = f"The kinds that can be read: {', '.join(READERS)}."
-        raise DataError(
-            f"{label} is of a kind that cannot be read ({suffix_of(name) or 'no suffix'}).",
-            hint=f"Of a folder write a pattern, such as {label.rstrip('/')}/*.jsonl." if folder else kinds,
-        )
-    return reader
+    folder = label.startswith("s3") and not suffix_of(name)
+    hint = f"Of a folder write a pattern, such as {label.rstrip('/')}/*.jsonl." if folder else KINDS
+    return reader_of(name, label, hint=hint)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import IO, Any, cast
 
-from tunesmith.contracts.errors import DataError, UserError
+from tunesmith.contracts.errors import DataError, UserError, first_line
 from tunesmith.data.remote import DroppedError, UnreachableError, Version
 
 _BLOCK = 8 << 20
@@ -145,6 +145,5 @@ def _meaning(error: Exception, label: str) -> Exception | None:
             hint="Check AWS_PROFILE, or the rights of its user on the bucket.",
         )
     if isinstance(error, OSError | ValueError) or type(error).__module__.startswith("botocore"):
-        text = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        return DataError(f"{label} cannot be read: {text}.")
+        return DataError(f"{label} cannot be read: {first_line(error)}.")
     return None

@@ -23,7 +23,7 @@ from tunesmith.contracts.errors import DataError
 from tunesmith.data.columnar import read_arrow
 from tunesmith.data.found import Found
 from tunesmith.data.hub import HubRows, looks_like_hub_name
-from tunesmith.data.readers import READERS, Located, suffix_of
+from tunesmith.data.readers import KINDS, READERS, Located, reader_of, suffix_of
 from tunesmith.data.remote import Tell
 from tunesmith.data.remote_files import RemoteFiles
 from tunesmith.settings.urls import is_url
@@ -287,13 +287,7 @@ def _find_files(local: Path, label: str, split_name: str | None) -> list[Located
 
 
 def _file(path: Path, label: str) -> Located:
-    reader = READERS.get(suffix_of(path))
-    if reader is None:
-        raise DataError(
-            f"{label} is of a kind that cannot be read ({suffix_of(path) or 'no suffix'}).",
-            hint=f"The kinds that can be read: {', '.join(READERS)}.",
-        )
-    return Located(path, label, reader)
+    return Located(path, label, reader_of(path, label))
 
 
 def _refuse_split(split_name: str | None, label: str, known: tuple[str, ...] = ("train",)) -> None:
@@ -329,7 +323,7 @@ def _folder_files(folder: Path, label: str, split_name: str | None) -> list[Loca
     if not paths:
         raise DataError(
             f"The folder {folder.absolute()} holds no file of a kind that can be read.",
-            hint=f"The kinds that can be read: {', '.join(READERS)}.",
+            hint=KINDS,
         )
     splits = {path: _split_of(path) for path in paths}
     if any(splits.values()):

@@ -19,7 +19,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from tunesmith.contracts.errors import DataError
+from tunesmith.contracts.errors import DataError, first_line
 from tunesmith.data.remote import DroppedError, UnreachableError, Version
 from tunesmith.settings.urls import HIDDEN, shown
 
@@ -137,13 +137,13 @@ class WebFile:
             case TimeoutError():
                 return _unreachable(self.label, f"{host} does not answer")
             case ConnectionError() | http.client.RemoteDisconnected() | ssl.SSLError():
-                return DroppedError(_first_line(reason) or type(reason).__name__)
+                return DroppedError(first_line(reason))
             case http.client.InvalidURL() | ValueError():
                 return _not_an_address(self.label)
             case http.client.HTTPException():
                 return DroppedError(type(reason).__name__)
             case OSError():
-                return _unreachable(self.label, reason.strerror or _first_line(reason))
+                return _unreachable(self.label, reason.strerror or first_line(reason))
         return None
 
     def _refused(self, code: int, reason: str) -> Exception:
@@ -229,10 +229,6 @@ def _skip(answer: http.client.HTTPResponse, count: int) -> None:
         if not got:
             raise DroppedError("it ended early")
         count -= got
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
 
 
 def _unreachable(label: str, reason: str) -> UnreachableError:

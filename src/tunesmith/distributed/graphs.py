@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from tunesmith.contracts.batch import TokenBatch
 from tunesmith.contracts.buckets import Bucket, bucket_of, pad_to
+from tunesmith.contracts.errors import first_line
 
 MOST_GRAPHS = 24
 """Buckets that are recorded; further ones run as they are. A graph of 2,000 kernels holds some 10 MB."""
@@ -186,7 +187,7 @@ class MicroBatchGraphs:
         except RuntimeError as error:
             self._works = False
             warnings.warn(
-                f"CUDA graphs are off for this run, which is slower but exact: {str(error).splitlines()[0]}",
+                f"CUDA graphs are off for this run, which is slower but exact: {first_line(error)}",
                 stacklevel=2,
             )
             return None

@@ -14,6 +14,7 @@ from typing import Any
 
 from tunesmith.contracts.files import replace_text
 from tunesmith.contracts.plural import counted
+from tunesmith.contracts.sizes import file_size
 from tunesmith.export import run_files
 from tunesmith.export.curves import Point, number, of_kind, series, smoothed
 from tunesmith.export.line_chart import Line, figure, line_chart
@@ -79,10 +80,14 @@ def loss_sentence(run: Recorded) -> str:
         loss = "" if trained is None else f", and the training loss at the end is {trained:.4f}"
         return f"{once or 'No held-out loss was measured.'} Complete: {steps}{loss}."
     (_, first), (_, last) = held[0], held[-1]
-    best_step, best = min(held, key=lambda point: point[1])
     verb = "fell" if last < first else "rose" if last > first else "stayed"
     change = f" ({last / first - 1:+.1%})" if first else ""
-    lowest = f" It was lowest at step {int(best_step):,}, with {best:.4f}." if best < last else ""
+    best = summary.best_eval
+    lowest = (
+        f" It was lowest at step {summary.best_step:,}, with {best:.4f}."
+        if best is not None and best < last
+        else ""
+    )
     return f"The held-out loss {verb} from {first:.4f} to {last:.4f}{change} in {steps}.{lowest}"
 
 
@@ -208,13 +213,6 @@ def _timing(run: Recorded) -> str:
     return f"<h2>Time</h2>{bars(rows)}{note}"
 
 
-def _size(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
-
-
 def _files(folder: Path) -> Iterator[tuple[str, int]]:
     """Files of the run directory and of its result with their sizes; a checkpoint as one entry."""
     for path in sorted(folder.iterdir()):
@@ -239,7 +237,7 @@ def _files(folder: Path) -> Iterator[tuple[str, int]]:
 def _artifacts(folder: Path) -> str:
     files = list(_files(folder))
     rows = "".join(
-        f'<tr><td><code>{escape(name)}</code></td><td class="number">{_size(size)}</td></tr>'
+        f'<tr><td><code>{escape(name)}</code></td><td class="number">{file_size(size)}</td></tr>'
         for name, size in files[:_MOST_FILES]
     )
     more = len(files) - _MOST_FILES

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path, PurePath
 from typing import Any
 
+from tunesmith.contracts.best import best_step
 from tunesmith.contracts.event_log import EVENTS, read_events
 from tunesmith.export.curves import Events, final_loss, number, of_kind, series
 from tunesmith.export.run_files import SETTINGS, is_running, read_settings, sparse_events
@@ -85,7 +86,8 @@ def summarise(folder: Path, events: Events, settings: dict[str, Any], *, running
     """
     starts, ends, steps = (of_kind(events, kind) for kind in ("start", "end", "step"))
     evals = series(events, "eval", "loss")
-    best = min(evals, key=lambda point: point[1], default=None)
+    by_step = {int(step): loss for step, loss in evals}
+    best = best_step(by_step)
     ended = bool(ends) and events[-1]["event"] == "end"
     reason = str(ends[-1].get("reason")) if ended else None
     state = "running" if running else _STATE_OF.get(reason, "finished") if reason is not None else "failed"
@@ -104,8 +106,8 @@ def summarise(folder: Path, events: Events, settings: dict[str, Any], *, running
         total_steps=None if total is None else int(total),
         first_eval=evals[0][1] if evals else None,
         last_eval=evals[-1][1] if evals else None,
-        best_eval=best[1] if best else None,
-        best_step=int(best[0]) if best else None,
+        best_eval=None if best is None else by_step[best],
+        best_step=best,
         train_loss=final_loss(events),
         tokens_per_second=tokens / spent if spent else None,
         memory_gib=max((number(step, "memory_gib") or 0.0 for step in steps), default=None),

@@ -174,7 +174,8 @@ def sdpa_attention(
         if q.shape[2] > 0
     ]
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-    return output.transpose(1, 2), None
+    # some families take a view of it, which a transposed tensor does not have
+    return output.transpose(1, 2).contiguous(), None
 
 
 @functools.cache

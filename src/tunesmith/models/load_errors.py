@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from tunesmith.contracts.errors import UserError
+from tunesmith.contracts.errors import UserError, first_line
 
 LOAD_ERRORS = (
     OSError,
@@ -98,12 +98,6 @@ def _explain_files(name: str, error: Exception, text: str) -> UserError:
             hint="Convert them once: load the model with transformers where you trust it, and save_pretrained.",
         )
     return UserError(f"model.name: {name} cannot be loaded: {first_line(error)}")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text without its full stop, or the error's name where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def is_no_fault_of_the_model(error: Exception) -> bool:

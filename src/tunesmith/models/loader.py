@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tunesmith.contracts.errors import UserError
+from tunesmith.contracts.errors import UserError, first_line
 from tunesmith.contracts.hub import offline_if_unreachable
 from tunesmith.contracts.model_folder import local_folder
-from tunesmith.models.load_errors import LOAD_ERRORS, explain, first_line, is_no_fault_of_the_model
+from tunesmith.models.load_errors import LOAD_ERRORS, explain, is_no_fault_of_the_model
 from tunesmith.models.loading_progress import Tell, loading_progress
 from tunesmith.models.rope_scaling import rotate_by_document, stretch
 

@@ -53,6 +53,7 @@ class Outcome:
     Attributes:
         reason: `complete`, `time`, `early stop` or `interrupted`.
         step: optimizer steps that are complete.
+        new_steps: how many of them this process made.
         first_eval: held-out loss before the first step, where it was measured.
         last_eval: held-out loss at the end.
         best_step: the step with the lowest held-out loss, 0 before the first one.
@@ -64,6 +65,7 @@ class Outcome:
 
     reason: str
     step: int
+    new_steps: int
     first_eval: float | None
     last_eval: float | None
     best_step: int | None
@@ -71,12 +73,6 @@ class Outcome:
     seconds: float
     tokens: int
     all_tokens: int
-
-
-def best_step(evals: Mapping[int, float]) -> int | None:
-    """The step with the lowest of the held-out losses, the latest of equal ones; None where none is finite."""
-    finite = {step: loss for step, loss in evals.items() if math.isfinite(loss)}
-    return min(finite, key=lambda step: (finite[step], -step), default=None)
 
 
 def evaluations_without_gain(evals: Mapping[int, float], *, every: int, min_delta: float) -> int:

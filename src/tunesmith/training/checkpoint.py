@@ -28,6 +28,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from tunesmith.contracts.best import best_step
 from tunesmith.contracts.errors import StorageError
 from tunesmith.training import storage
 from tunesmith.training.manifest import (
@@ -166,8 +167,9 @@ class CheckpointStore:
 
         Those that `newest_intact` found damaged are left out; the files of the others are not looked at.
         """
-        measured = [c for c in self.all() if c.metric is not None and c.step not in self._damaged]
-        return min(measured, key=lambda c: (c.metric, -c.step), default=None)
+        usable = {c.step: c for c in self.all() if c.step not in self._damaged}
+        best = best_step({c.step: c.metric for c in usable.values() if c.metric is not None})
+        return None if best is None else usable[best]
 
     def ensure_space(self, bytes_needed: int) -> None:
         """Check before a run that its checkpoints can be written; creates the folder.

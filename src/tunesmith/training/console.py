@@ -22,17 +22,19 @@ from tunesmith.contracts.events import (
     Saved,
     Started,
     Stepped,
+    Underway,
     Warned,
 )
+from tunesmith.contracts.plural import counted
 from tunesmith.contracts.visible import one_line, visible
-from tunesmith.training.figures import Figures, duration
+from tunesmith.training.figures import Figures, duration, in_words
 from tunesmith.training.live import LiveView
 from tunesmith.training.noise_scale import describe
 
 _LINES = 20
 """Lines of steps in the log of a whole run; more where a run is slow."""
 _SILENCE = 60.0
-"""Seconds without a line of a step in a log, after which the next step gets one."""
+"""Seconds without a line of a step in a log, after which the next step, or what goes on between steps, gets one."""
 _PROMPT, _ANSWER = 100, 600
 """Characters of a sample that are shown; events.jsonl has all of it."""
 
@@ -62,6 +64,7 @@ class ConsoleView:
             Evaluated: self._evaluated,
             Measured: self._measured,
             Sampled: self._sampled,
+            Underway: self._underway,
             Saved: self._saved,
             Warned: self._warned,
             Finished: self._finished,
@@ -93,7 +96,11 @@ class ConsoleView:
 
     def _started(self, event: Started) -> None:
         if event.resumed:
-            self._print(f"Going on after step {event.step} of {event.total_steps}.")
+            self._print(
+                f"Going on after step {event.step} of {event.total_steps}."
+                if event.step < event.total_steps
+                else f"All {counted(event.total_steps, 'step')} are done already; to train on, raise their number."
+            )
         if self._live is not None:
             self._live.start()
 
@@ -134,6 +141,14 @@ class ConsoleView:
             self._figures.gradients = describe(event.values)
             return
         self._print(f"step {event.step}: {describe(event.values)}")
+
+    def _underway(self, event: Underway) -> None:
+        if self._live is not None:
+            return
+        now = time.monotonic()
+        if now - self._line_at >= _SILENCE:
+            self._line_at = now
+            self._print(in_words(event))
 
     def _sampled(self, event: Sampled) -> None:
         self._print(f"sample at step {event.step}: {one_line(event.prompt, _PROMPT)}", style="dim")

@@ -6,6 +6,7 @@ pass as the mean over all of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -42,31 +43,35 @@ def held_out_loss(
     *,
     max_tokens: int,
     autocast: AbstractContextManager[object],
+    progress: Callable[[int, int], None] | None = None,
 ) -> HeldOutLoss:
     """Mean cross-entropy over the supervised tokens of the held-out documents.
 
     Args:
         documents_N: the documents, at least one.
         max_tokens: tokens of a micro-batch; changes speed and memory only.
+        progress: called before each micro-batch, with how many are done of how many.
     """
+    batches = [
+        (name, documents)
+        for name, own_N in zip(corpus.names, corpus.by_source(documents_N), strict=True)
+        for documents in micro_batches(
+            corpus, _packs(corpus, own_N, max_tokens), rows_per_batch=1, max_tokens=max_tokens
+        )
+    ]
     sums: dict[str, tuple[float, float]] = {}
     tokens = 0
     with evaluating(causal.model), autocast:
-        for name, own_N in zip(corpus.names, corpus.by_source(documents_N), strict=True):
+        for done, (name, documents) in enumerate(batches):
+            if progress is not None:
+                progress(done, len(batches))
+            batch = collate(corpus, documents)
+            summed = causal.score(batch.to(causal.device)).cross_entropy(batch.weights_S.to(causal.device))
             loss, weight = sums.get(name, (0.0, 0.0))
-            rows = _packs(corpus, own_N, max_tokens)
-            for documents in micro_batches(corpus, rows, rows_per_batch=1, max_tokens=max_tokens):
-                batch = collate(corpus, documents)
-                summed = causal.score(batch.to(causal.device)).cross_entropy(
-                    batch.weights_S.to(causal.device)
-                )
-                loss += float(summed)
-                weight += float(batch.weights_S.double().sum())
-                tokens += batch.tokens
-            if weight:
-                sums[name] = loss, weight
+            sums[name] = loss + float(summed), weight + float(batch.weights_S.double().sum())
+            tokens += batch.tokens
     mean = sum(loss for loss, _ in sums.values()) / sum(weight for _, weight in sums.values())
-    by_source = {name: loss / weight for name, (loss, weight) in sums.items()}
+    by_source = {name: loss / weight for name, (loss, weight) in sums.items() if weight}
     return HeldOutLoss(mean, tokens, by_source if len(by_source) > 1 else {})
 
 

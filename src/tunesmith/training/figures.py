@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 
-from tunesmith.contracts.events import Evaluated, Event, Finished, Started, Stepped
+from tunesmith.contracts.best import best_step
+from tunesmith.contracts.events import Evaluated, Event, Finished, Started, Stepped, Underway
 
 _SMOOTHING = 0.8
 _LAST_STEPS = 512
@@ -30,6 +31,7 @@ class Figures:
         held_out: step and loss of the last evaluation.
         best: step and loss of the lowest one.
         gradients: what was measured of the gradients last, in words.
+        underway: what goes on between steps; None where that is a step.
         finished: how the run ended, and after how many seconds; None while it goes on.
     """
 
@@ -42,6 +44,7 @@ class Figures:
         self.held_out: tuple[int, float] | None = None
         self.best: tuple[int, float] | None = None
         self.gradients = ""
+        self.underway: Underway | None = None
         self.finished: Finished | None = None
         self._steps = 0  # of this process
         self._clock = clock
@@ -57,6 +60,7 @@ class Figures:
 
     def take(self, event: Event) -> None:
         """Bring the figures up to date; events that say nothing about them are passed over."""
+        self.underway = event if isinstance(event, Underway) else None
         handler = self._handlers.get(type(event))
         if handler is not None:
             handler(event)
@@ -100,11 +104,19 @@ class Figures:
 
     def _evaluated(self, event: Evaluated) -> None:
         self.held_out = event.step, event.loss
-        if math.isfinite(event.loss) and (self.best is None or event.loss <= self.best[1]):
-            self.best = event.step, event.loss
+        known = dict([self.best] if self.best is not None else []) | {event.step: event.loss}
+        best = best_step(known)
+        self.best = None if best is None else (best, known[best])
 
     def _ended(self, event: Finished) -> None:
         self.finished = event
+
+
+def in_words(underway: Underway) -> str:
+    """What goes on between steps: `held-out loss before training 12/78`."""
+    when = f"after step {underway.step:,}" if underway.step else "before training"
+    count = f" {underway.done:,}/{underway.total:,}" if underway.total else ""
+    return f"{underway.what} {when}{count}"
 
 
 def duration(seconds: float) -> str:

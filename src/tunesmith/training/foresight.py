@@ -27,12 +27,9 @@ class Forecast:
     tokens_per_second: float
 
 
-def allocated(device: torch.device) -> tuple[float, float]:
-    """GiB on a CUDA device: (peak of what tensors took, peak of what the allocator held for them)."""
-    return (
-        torch.cuda.max_memory_allocated(device) / 2**30,
-        torch.cuda.max_memory_reserved(device) / 2**30,
-    )
+def reserved_gib(device: torch.device) -> float:
+    """Peak of what the allocator of a CUDA device held for tensors, in GiB."""
+    return torch.cuda.max_memory_reserved(device) / 2**30
 
 
 class Foresight:
@@ -41,13 +38,13 @@ class Foresight:
     Args:
         forecast: of the plan.
         emit: takes the comparison.
-        measured: peaks of allocated and reserved memory in GiB.
+        reserved: peak of reserved memory in GiB; that of allocated memory stands in the events.
     """
 
     def __init__(
-        self, forecast: Forecast, emit: Callable[[Event], None], measured: Callable[[], tuple[float, float]]
+        self, forecast: Forecast, emit: Callable[[Event], None], reserved: Callable[[], float]
     ) -> None:
-        self._forecast, self._emit, self._measured = forecast, emit, measured
+        self._forecast, self._emit, self._reserved = forecast, emit, reserved
         self._speeds: list[float] = []
         self._steps = 0
 
@@ -60,13 +57,12 @@ class Foresight:
             self._speeds.append(event.tokens_per_second)
         if self._steps != LAST:
             return
-        peak, reserved = self._measured()
         self._emit(
             Compared(
                 step=event.step,
                 planned_gib=self._forecast.peak_bytes / 2**30,
-                measured_gib=peak,
-                reserved_gib=reserved,
+                measured_gib=event.memory_gib,
+                reserved_gib=self._reserved(),
                 planned_tokens_per_second=self._forecast.tokens_per_second,
                 measured_tokens_per_second=statistics.median(self._speeds),
             )

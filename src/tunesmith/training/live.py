@@ -7,7 +7,8 @@
     memory    10.2 GiB now · 12.5 GiB peak
 
 Every line is made for the width that the terminal has at that moment: the bar and the curve take what is left, and
-figures that do not fit are left out from the right. Rich draws; what it does not know is that a terminal which
+figures that do not fit are left out from the right. While something goes on between steps a line says what
+(`now       held-out loss before training 12/78`). Rich draws; what it does not know is that a terminal which
 becomes narrower wraps the lines that stand there (`_Foot`).
 """
 
@@ -22,7 +23,7 @@ from rich.live import Live
 from rich.segment import ControlType
 from rich.text import Text
 
-from tunesmith.training.figures import Figures, duration
+from tunesmith.training.figures import Figures, duration, in_words
 
 _BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 _LABEL = 10
@@ -51,6 +52,8 @@ def view_lines(figures: Figures, width: int, *, ascii_only: bool = False) -> lis
     """The lines of the view, none of them longer than `width` cells."""
     dot = " - " if ascii_only else " · "
     lines = [_progress(figures, width, dot, ascii_only)]
+    if figures.underway is not None:
+        lines.append(_line("now", width, Text(in_words(figures.underway))))
     if figures.losses:
         loss = "–" if figures.loss is None else f"{figures.loss:.4f}"
         curve = sparkline(figures.losses, width - _LABEL - len(loss) - 1, ascii_only=ascii_only)

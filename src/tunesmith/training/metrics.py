@@ -42,7 +42,7 @@ def _finite(value: Any) -> Any:
 
 
 class EventLog:
-    """Observer that appends every event to `events.jsonl`, one JSON object a line.
+    """Observer that appends every event that is kept to `events.jsonl`, one JSON object a line.
 
     Args:
         path: the file.
@@ -60,6 +60,8 @@ class EventLog:
 
     def on_event(self, event: Event) -> None:
         """Append the event and hand it to the operating system."""
+        if not event.kept:
+            return
         record = {name: _finite(value) for name, value in event.record().items()}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from tunesmith.contracts.events import Event, Measured, Warned
 from tunesmith.distributed.backend import Backend, Gradients
@@ -70,13 +71,29 @@ class Squares(NamedTuple):
         return math.fsum(self.by_name.values())
 
 
-def squares_of(backend: Backend, gradients: Gradients) -> Squares:
-    """Measure the gradients of a step; the host waits for the device once."""
+class Unread(NamedTuple):
+    """The same still on the device, so that a step does not wait for it before its update.
+
+    Attributes:
+        names: the trained parameters, in the order of the last values.
+        values: float64 `[micro-batches that were measured + parameters]`.
+    """
+
+    names: tuple[str, ...]
+    values: Tensor
+
+    def read(self) -> Squares:
+        """Fetch the values; the host waits for the device."""
+        values = self.values.tolist()
+        count = len(values) - len(self.names)
+        return Squares(tuple(values[:count]), dict(zip(self.names, values[count:], strict=True)))
+
+
+def squares_of(backend: Backend, gradients: Gradients) -> Unread:
+    """Measure the gradients of a step, before the update takes them; nothing is read from the device."""
     by_name = backend.gradient_squares()
-    parts = gradients.squares
-    count = 0 if parts is None else len(parts)
-    values = torch.cat([*([] if parts is None else [parts]), torch.stack(list(by_name.values()))]).tolist()
-    return Squares(tuple(values[:count]), dict(zip(by_name, values[count:], strict=True)))
+    parts = [] if gradients.squares is None else [gradients.squares]
+    return Unread(tuple(by_name), torch.cat([*parts, torch.stack(list(by_name.values()))]))
 
 
 class Estimate(NamedTuple):

@@ -18,7 +18,7 @@ from tunesmith.contracts.errors import UserError
 from tunesmith.distributed.backend import Backend
 from tunesmith.models.head import CausalModel
 from tunesmith.objectives.api import Objective
-from tunesmith.training.noise_scale import NOTHING, Squares, Wanted, squares_of
+from tunesmith.training.noise_scale import NOTHING, Unread, Wanted, squares_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class StepResult:
         applied: whether parameters changed.
         fault: what was not finite, `loss` or `gradient`, or None. A float16 overflow is no fault.
         loss_scale: the float16 scaler's factor, 1.0 without one.
-        squares: what was measured of the gradients, where it was asked for.
+        squares: what was measured of the gradients, where it was asked for; still on the device.
     """
 
     loss: float
@@ -57,7 +57,7 @@ class StepResult:
     applied: bool
     fault: str | None
     loss_scale: float
-    squares: Squares | None = None
+    squares: Unread | None = None
 
 
 def first_sentence(error: torch.OutOfMemoryError) -> str:

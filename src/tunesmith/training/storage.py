@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 
 from tunesmith.contracts.errors import StorageError
+from tunesmith.contracts.sizes import memory_size
 
 _WRITE_BYTES = 16 * 2**20
 """Bytes per write: each piece is still in the cache of the CPU or close to it when it has been hashed."""
@@ -182,8 +183,8 @@ def explain(error: OSError, folder: Path, bytes_needed: int) -> StorageError:
     reason = error.strerror or str(error)
     if error.errno in _FULL:
         return StorageError(
-            f"{_FULL[error.errno]}: a checkpoint of {size_text(bytes_needed)} does not fit into {folder}, "
-            f"where {size_text(free_bytes(folder))} are free",
+            f"{_FULL[error.errno]}: a checkpoint of {memory_size(bytes_needed)} does not fit into {folder}, "
+            f"where {memory_size(free_bytes(folder))} are free",
             hint=_HINT_FULL,
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
@@ -199,15 +200,6 @@ def explain(error: OSError, folder: Path, bytes_needed: int) -> StorageError:
 def not_enough_space(folder: Path, needed: int, free: int) -> StorageError:
     """The `StorageError` that says before a run that `needed` bytes will not fit into `folder`."""
     return StorageError(
-        f"checkpoints need {size_text(needed)} in {folder}, where only {size_text(free)} are free",
+        f"checkpoints need {memory_size(needed)} in {folder}, where only {memory_size(free)} are free",
         hint="Free some space, choose another output.dir or lower output.keep; nothing was written.",
     )
-
-
-def size_text(size: int) -> str:
-    """A size in bytes as people read it: GiB, or MiB and bytes where GiB would read as zero."""
-    if size >= 2**30 // 10:
-        return f"{size / 2**30:.1f} GiB"
-    if size >= 2**20 // 10:
-        return f"{size / 2**20:.1f} MiB"
-    return f"{size} bytes"

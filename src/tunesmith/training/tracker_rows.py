@@ -68,7 +68,6 @@ class Tracker:
 
     Attributes:
         module: what is imported of it.
-        extra: the extra of tunesmith that installs it.
         open: begins a run, or goes on with one.
         configure: writes the settings of the run.
         configure_again: whether they are written again where an earlier run goes on.
@@ -78,7 +77,6 @@ class Tracker:
     """
 
     module: str
-    extra: str
     open: Callable[[Place], Opened]
     configure: Callable[[Any, Mapping[str, Value]], None] = _configure
     configure_again: bool = True
@@ -318,16 +316,14 @@ def _close_swanlab(tracker: Any, ending: Ending) -> None:
 TRACKERS: dict[str, Tracker] = {
     "tensorboard": Tracker(
         module="tensorboard",
-        extra="tensorboard",
         open=_open_tensorboard,
         configure=_configure_tensorboard,
         configure_again=False,
         rewinds=True,
     ),
-    "wandb": Tracker(module="wandb", extra="wandb", open=_open_wandb, close=_close_wandb),
+    "wandb": Tracker(module="wandb", open=_open_wandb, close=_close_wandb),
     "mlflow": Tracker(
         module="mlflow",
-        extra="mlflow",
         open=_open_mlflow,
         configure_again=False,  # a parameter has one value for ever
         text=_text_mlflow,
@@ -335,16 +331,11 @@ TRACKERS: dict[str, Tracker] = {
     ),
     "trackio": Tracker(
         module="trackio",
-        extra="trackio",
         open=_open_trackio,
         configure=_configure_trackio,
         close=_close_trackio,
     ),
-    "comet": Tracker(
-        module="comet_ml", extra="comet", open=_open_comet, text=_text_comet, close=_close_comet
-    ),
-    "swanlab": Tracker(
-        module="swanlab", extra="swanlab", open=_open_swanlab, text=_text_swanlab, close=_close_swanlab
-    ),
+    "comet": Tracker(module="comet_ml", open=_open_comet, text=_text_comet, close=_close_comet),
+    "swanlab": Tracker(module="swanlab", open=_open_swanlab, text=_text_swanlab, close=_close_swanlab),
 }
-"""What `output.track` may name."""
+"""What `output.track` may name, by the extra of tunesmith that installs it."""

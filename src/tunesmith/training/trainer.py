@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from tunesmith.contracts.batch import TokenBatch
+from tunesmith.contracts.best import best_step
 from tunesmith.contracts.events import (
     Evaluated,
     Event,
@@ -26,21 +27,21 @@ from tunesmith.contracts.events import (
     Saved,
     Started,
     Stepped,
+    Underway,
     Warned,
 )
-from tunesmith.data.batches import BatchPlan, Corpus, collate, micro_batches
-from tunesmith.data.feed import Feed, Position, Step, TableFeed
+from tunesmith.data.batches import Corpus, collate, micro_batches
+from tunesmith.data.feed import Feed, Position, Step
 from tunesmith.distributed.single import SingleDevice
 from tunesmith.training.cadence import (
     Cadence,
     MicroBatching,
     Outcome,
-    best_step,
     evaluations_without_gain,
 )
 from tunesmith.training.checkpoint import Checkpoint, CheckpointStore
 from tunesmith.training.evaluate import held_out_loss
-from tunesmith.training.foresight import Forecast, Foresight, allocated
+from tunesmith.training.foresight import Forecast, Foresight, reserved_gib
 from tunesmith.training.guard import fault_error, write_fault
 from tunesmith.training.interrupt import StopRequest
 from tunesmith.training.metrics import memory_gib, peak_memory_gib
@@ -58,18 +59,17 @@ class Trainer:
     Args:
         backend: runs the steps.
         loss: objective over the model.
-        corpus: all documents; `train_N` and `held_out_N` name those that train and those that measure.
-        plan: how documents become steps.
+        feed: where the steps come from.
+        corpus: the documents that lie in tables, `held_out_N` (int64) those of them that measure.
         grouping: how rows become micro-batches.
         schedule: learning rate per step.
         cadence: when things happen.
         store: where checkpoints go.
         identity: what must not change between the parts of an interrupted run.
         run_dir: where faults are written.
-        feed: where the steps come from; by default the documents `train_N` of the corpus.
+        gauges: what is measured of the gradients.
+        replanner: makes a step again that runs out of the device's memory.
         sampler: asks the model for sample answers; None does not.
-        gauges: what is measured of the gradients; None measures nothing.
-        replanner: makes a step again that runs out of the device's memory; None does not.
         forecast: what the plan says of steps on a GPU, to be compared with the first of them.
     """
 
@@ -78,37 +78,33 @@ class Trainer:
         *,
         backend: SingleDevice,
         loss: ObjectiveLoss,
+        feed: Feed,
         corpus: Corpus,
-        train_N: NDArray[np.int64],
         held_out_N: NDArray[np.int64],
-        plan: BatchPlan,
         grouping: MicroBatching,
         schedule: Schedule,
         cadence: Cadence,
         store: CheckpointStore,
         identity: dict[str, Any],
         run_dir: Path,
-        feed: Feed | None = None,
+        gauges: Gauges,
+        replanner: Replanner,
         sampler: Sampler | None = None,
-        gauges: Gauges | None = None,
-        replanner: Replanner | None = None,
         forecast: Forecast | None = None,
     ) -> None:
-        self.backend, self.loss, self.corpus = backend, loss, corpus
-        self.train_N, self.held_out_N, self.plan, self.grouping = train_N, held_out_N, plan, grouping
+        self.backend, self.loss, self.feed = backend, loss, feed
+        self.corpus, self.held_out_N, self.grouping = corpus, held_out_N, grouping
         self.schedule, self.cadence, self.store = schedule, cadence, store
         self.identity, self.run_dir = identity, run_dir
-        self.feed = feed if feed is not None else TableFeed(corpus, train_N, plan)
-        self.sampler = sampler
-        self.gauges = gauges if gauges is not None else Gauges()
-        self.replanner = replanner
+        self.gauges, self.replanner, self.sampler = gauges, replanner, sampler
         self.observers: list[Observer] = []  # receive every event
         if forecast is not None:
-            self.observers.append(Foresight(forecast, self._emit, partial(allocated, backend.device)))
+            reserved = partial(reserved_gib, backend.device)
+            self.observers.append(Foresight(forecast, self._emit, reserved))
         self.step = 0
         self.position = Position()
         self.evals: dict[int, float] = {}
-        self.tokens = self._tokens_before = 0
+        self.tokens = self._tokens_before = self._steps_before = 0
         self.sampled_at: int | None = None
         self._saved_at: int | None = None
         self._began = self._saved_time = time.monotonic()
@@ -182,6 +178,7 @@ class Trainer:
         return Outcome(
             reason=reason,
             step=self.step,
+            new_steps=self.step - self._steps_before,
             first_eval=self.evals.get(0),
             last_eval=self.evals.get(self.step),
             best_step=best,
@@ -201,7 +198,7 @@ class Trainer:
         self._report_step(batches, result, rate, data.epochs, time.monotonic() - started)
         if result.squares is not None:
             counts = [self.loss.count(batch) for batch in batches]
-            for event in self.gauges.events(self.step, wanted, result.squares, counts):
+            for event in self.gauges.events(self.step, wanted, result.squares.read(), counts):
                 self._emit(event)
         if result.fault is not None:
             self._handle_fault(result, batches, data, before)
@@ -228,8 +225,6 @@ class Trainer:
         def regroup(max_tokens: int) -> None:
             self.grouping = MicroBatching(self.grouping.rows_per_batch, max_tokens)
 
-        if self.replanner is None:
-            return attempt()
         try:
             return self.replanner.make(
                 attempt, step=self.step + 1, sizes=sizes, regroup=regroup, warn=self._warn
@@ -273,6 +268,7 @@ class Trainer:
                 self.held_out_N,
                 max_tokens=self.grouping.max_tokens,
                 autocast=self.backend.autocast(),
+                progress=self._measuring,
             )
         self.evals[self.step] = measured.loss
         if not math.isfinite(measured.loss):
@@ -287,10 +283,14 @@ class Trainer:
             )
         )
 
+    def _measuring(self, done: int, total: int) -> None:
+        self._emit(Underway(step=self.step, what="held-out loss", done=done, total=total))
+
     def _sample(self) -> None:
         """Have the model answer the sample prompts unless it has done so at this step."""
         if self.sampler is None or self.sampled_at == self.step:
             return
+        self._emit(Underway(step=self.step, what="sample answers"))
         started = time.monotonic()
         with self.backend.for_measuring():
             answers = self.sampler.answers()
@@ -356,7 +356,8 @@ class Trainer:
             UserError: the settings differ from those of the run that wrote it in a way that matters.
         """
         restore_snapshot(self, checkpoint)
-        self._saved_at, self._tokens_before = self.step, self.tokens
+        self._saved_at = self._steps_before = self.step
+        self._tokens_before = self.tokens
 
 
 def exact_cuda_algorithms() -> None:
