@@ -6,11 +6,15 @@ runs this file in a process of its own with TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from triton.runtime.errors import InterpreterError
+from triton.runtime.interpreter import interpreter_builder
 
 from tests.kernels.compare import DTYPES, SMALL, copied, count_launches, errors, label, results
-from tunesmith.kernels import cross_entropy, glu, launch, rms_norm, rope
+from tunesmith.kernels import cross_entropy, gather_rows, glu, launch, rms_norm, rope
 from tunesmith.kernels.catalog import CATALOG
 
 # The interpreter truncates where the card rounds to nearest when it stores bfloat16: twice the error, all to one
@@ -43,6 +47,15 @@ def test_nf4_is_exact(name, size, dtype):
     assert torch.equal(results(row.op, row, inputs)[0], exact[0])
 
 
+@pytest.mark.parametrize("wrong", [-1, 5, 2**32])
+def test_an_id_that_is_no_row_stops_the_kernel(wrong, launches, monkeypatch):
+    # what `debug` of the launch is on a card; the interpreter does not take it from there
+    monkeypatch.setattr(interpreter_builder, "options", replace(interpreter_builder.options, debug=True))
+    with pytest.raises(InterpreterError, match="an id is not a row of the table"):
+        gather_rows.gather_rows(torch.zeros(5, 8), torch.tensor([0, wrong]))
+    assert launches == ["_gather_kernel"]
+
+
 def test_no_tokens_are_no_launch(launches):
     rms_norm.rms_norm(torch.zeros(0, 8), torch.ones(8), 1e-6)
     _, weight, _ = rms_norm.rms_norm_backward(
@@ -54,6 +67,7 @@ def test_no_tokens_are_no_launch(launches):
     assert glu.glu_backward_(torch.zeros(0, 8), torch.zeros(0, 4), **adapter).shape == (0, 4)
     rope.rope_qkv_(torch.zeros(0, 32), torch.zeros(0, 8), torch.zeros(0, 8), heads=2, kv_heads=1, head_dim=8)
     assert cross_entropy.softmax_gradient_(torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+    assert gather_rows.gather_rows(torch.zeros(3, 8), torch.zeros(0, dtype=torch.int64)).shape == (0, 8)
 
 
 def test_masked_vocabulary_has_no_probability():

@@ -24,6 +24,7 @@ from tunesmith.kernels import (
     adamw_8bit,
     attention_triton,
     cross_entropy,
+    gather_rows,
     glu,
     launch,
     layer_norm,
@@ -38,7 +39,8 @@ from tunesmith.kernels.packed import Documents, Heads, Scores
 from tunesmith.kernels.rope import RotaryLayout
 
 MODULES = (
-    adamw, adamw_8bit, attention_triton, cross_entropy, glu, layer_norm, nf4, qk_norm, residual, rms_norm, rope,
+    adamw, adamw_8bit, attention_triton, cross_entropy, gather_rows, glu, layer_norm, nf4, qk_norm, residual,
+    rms_norm, rope,
 )  # fmt: skip
 CASES = cases(4096, 524_352)
 
@@ -160,6 +162,26 @@ def test_last_weights_of_many(nested, pad, columns):
     index = torch.stack([halves >> 4, halves & 15], -1).flatten()[: count - few].long()
     exact = (code[index] * absmax_few.repeat_interleave(64)[: count - few]).to(HALF)
     assert torch.equal(out[-2:].flatten(), exact[-2 * columns :])
+
+
+@pytest.mark.parametrize("columns", [4096, 4091])
+def test_last_rows_of_a_large_table(columns):
+    rows = LIMIT // columns + 2
+    few = torch.randn(2, columns).to(HALF)
+    table, ids = at_the_end(few, rows), torch.tensor([rows - 1, rows - 2, rows - 1])
+    ours = gather_rows.gather_rows(table, ids)
+    assert torch.equal(ours, few[[1, 0, 1]])
+
+
+def test_last_of_many_rows_that_are_read():
+    rows, columns = LIMIT // 4096 + 2, 4096
+    table = torch.randn(2, columns).to(HALF)
+    ids = at_the_end(torch.tensor([0, 1, 1, 0]), rows)
+    with last_programs(4) as seen:
+        ours = gather_rows.gather_rows(table, ids)
+    assert seen == ["_gather_kernel"]
+    assert ours.numel() > LIMIT
+    assert torch.equal(ours[-4:], table[[0, 1, 1, 0]])
 
 
 def test_last_document_of_a_long_row():

@@ -94,6 +94,13 @@ def test_wide_accesses_are_vectorised(name):
         assert re.search(r"st\.global[.\w:]*\.v4\.b32", ptx)
 
 
+def test_an_assertion_stands_before_the_rows_that_are_read():
+    launch = next(iter(_launches("gather_rows", CATALOG["gather_rows"].large[:1], torch.bfloat16)))
+    ptx = compile_for(launch, 90).asm["ptx"]
+    assert re.search(r"call\.uni\s+__assertfail", ptx)
+    assert ptx.index("setp.lt.s64") < ptx.index(".v4.b32")
+
+
 def test_adapters_in_another_type_compile():
     """LoRA weights in float32 beside a buffer in bfloat16."""
     size = {"tokens": 64, "inner": 256, "rank": 16}

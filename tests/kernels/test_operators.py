@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from tunesmith.kernels import cross_entropy, glu, nf4, residual, rms_norm, rope
+from tunesmith.kernels import cross_entropy, gather_rows, glu, nf4, residual, rms_norm, rope
 from tunesmith.kernels.catalog import CATALOG
 
 CPU = torch.device("cpu")
@@ -52,11 +52,13 @@ IN_PLACE = {
     ),
     "glu_backward": (glu.glu_backward_op, (_leaf(3, 10).detach(), _leaf(3, 5).detach())),
 }
+FROZEN = {"gather_rows": (gather_rows.gather_rows_op, (_leaf(11, 5).detach(), TARGETS))}
+"""Those that read nothing that could train."""
 
 
-@pytest.mark.parametrize("case", [*DIFFERENTIABLE, *IN_PLACE])
+@pytest.mark.parametrize("case", [*DIFFERENTIABLE, *IN_PLACE, *FROZEN])
 def test_operator_is_well_formed(case):
-    operator, args = (DIFFERENTIABLE | IN_PLACE)[case]
+    operator, args = (DIFFERENTIABLE | IN_PLACE | FROZEN)[case]
     opcheck(operator, args)
 
 
@@ -72,7 +74,15 @@ def test_gradients_match_finite_differences(case):
 
 
 def test_operators_have_the_names_of_the_functions():
-    for name in ("rms_norm", "rope_qkv_", "glu", "softmax_gradient_", "dequantize_nf4_", "logprob"):
+    for name in (
+        "gather_rows",
+        "rms_norm",
+        "rope_qkv_",
+        "glu",
+        "softmax_gradient_",
+        "dequantize_nf4_",
+        "logprob",
+    ):
         assert hasattr(torch.ops.tunesmith, name)
 
 

@@ -183,6 +183,10 @@ def add_residual(y_TN, residual_TN, u_TR, b_NR, scale):
     return [total if residual_TN is None else residual_TN + total]
 
 
+def gather_rows(table_VD, ids_N):
+    return [functional.one_hot(ids_N, len(table_VD)).to(table_VD.dtype) @ table_VD]
+
+
 PLAIN = {
     "adamw_": adamw_,
     "add_residual": add_residual,
@@ -194,6 +198,7 @@ PLAIN = {
     "rope_qkv_": rope_qkv_,
     "qk_norm_rope": qk_norm_rope,
     "qk_norm_rope_backward_": qk_norm_rope_backward_,
+    "gather_rows": gather_rows,
     "glu": glu,
     "glu_backward_": glu_backward_,
     "softmax_gradient_": softmax_gradient_,

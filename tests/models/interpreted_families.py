@@ -56,7 +56,7 @@ def kernels_of(family: str, rank: int) -> set[str]:
     return {"glu", "layer_norm" if entry.norm == "layer" else "rms_norm"} | turned | added
 
 
-@pytest.mark.parametrize("rank", [0, 3, 8])
+@pytest.mark.parametrize("rank", [0, 3, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", [name for name in ARCHITECTURES if name != "llama"])
 def test_layers_equal_stock(family, rank, launches):
     """With rank 0 all weights train."""

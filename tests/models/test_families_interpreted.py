@@ -11,3 +11,8 @@ pytest.importorskip("triton")
 
 def test_families_in_the_interpreter():
     run_in_interpreter("tests/models/interpreted_families.py")
+
+
+@pytest.mark.slow
+def test_families_with_more_ranks_in_the_interpreter():
+    run_in_interpreter("tests/models/interpreted_families.py", "-m", "slow")

@@ -8,18 +8,14 @@ remembered per card, versions and shapes.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tunesmith._version import __version__
 from tunesmith.kernels import launch
 from tunesmith.kernels.attention import (
     BACKENDS,
@@ -33,6 +29,7 @@ from tunesmith.kernels.attention import switched_off as attention_off
 from tunesmith.kernels.attention_cudnn import cudnn_frontend
 from tunesmith.kernels.catalog import CATALOG, Size
 from tunesmith.kernels.measure import error, errors
+from tunesmith.kernels.remembered import outcome_file, recall, remember
 
 TOKENS = 193
 """Rows of every check: no multiple of any tile, and more than one tile of each kernel."""
@@ -201,6 +198,8 @@ _SIZES: dict[str, Callable[[ModelShape], Size | None]] = {
     "add_normed": _behind_size,
     "layer_norm": _norm_size("layer"),
     "layer_norm_backward": _norm_size("layer", add=True, recompute=True),
+    # always: whether a table goes to the host is decided when it is known whether its kernel is right
+    "gather_rows": lambda m: {"rows": 2 * TOKENS, "columns": m.width, "tokens": TOKENS},
     "add_residual": _residual_size,
     "rope_qkv_": _qkv_size(normed=False),
     "qk_norm_rope": _qkv_size(normed=True),
@@ -242,11 +241,12 @@ def check_kernels(
         dtype: compute type of the run.
         memory: folder in which outcomes are remembered; None checks anew.
     """
-    file = memory / f"{_key(shape, dtype, device)}.json" if memory is not None else None
-    found = _recall(file)
+    cudnn = getattr(cudnn_frontend(), "__version__", None)
+    file = outcome_file(memory, device, shape=asdict(shape), dtype=str(dtype), cudnn=cudnn)
+    found = recall(file, lambda entries: [Finding(**entry) for entry in entries])
     if found is None:
         found = [*_kernel_findings(shape, dtype, device), *_attention_findings(shape, dtype, device)]
-        _remember(file, found)
+        remember(file, [asdict(finding) for finding in found])
     for finding in found:
         switched_off = attention_off if finding.name in BACKENDS else launch.switched_off
         switched_off.add(finding.name)
@@ -320,41 +320,3 @@ def _guarded(measure: Callable[[], list[float]]) -> list[float]:
         return measure()
     except Exception:  # Triton's and cuDNN's own errors have no other base
         return [float("inf")]
-
-
-def _key(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> str:
-    """What an outcome depends on, as a file name."""
-    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    card = f"{properties.name} {properties.major}.{properties.minor}" if properties else device.type
-    parts: dict[str, Any] = {
-        "card": card,
-        "driver": torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": launch.TRITON_VERSION,
-        "cudnn frontend": getattr(cudnn_frontend(), "__version__", None),
-        "tunesmith": __version__,
-        "shape": asdict(shape),
-        "dtype": str(dtype),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _recall(file: Path | None) -> list[Finding] | None:
-    if file is None or not file.is_file():
-        return None
-    try:
-        return [Finding(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError):
-        return None  # a damaged file is no outcome
-
-
-def _remember(file: Path | None, found: list[Finding]) -> None:
-    if file is None:
-        return
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps([asdict(finding) for finding in found]), encoding="utf-8")
-        temporary.replace(file)
-    except OSError:
-        return  # it is checked again next time

@@ -31,6 +31,7 @@ from tunesmith.kernels.cross_entropy import (
     softmax_gradient_,
     softmax_gradient_reference_,
 )
+from tunesmith.kernels.gather_rows import gather_rows, gather_rows_reference
 from tunesmith.kernels.glu import glu, glu_backward_, glu_backward_reference_, glu_reference
 from tunesmith.kernels.launch import accumulation_dtype
 from tunesmith.kernels.layer_norm import (
@@ -115,6 +116,8 @@ be fused are added in a pass that rounds once more. Few elements do not average 
 # A moment at the edge of two codes may take the other one, which is a hundredth of a code or less over a few hundred
 # elements; parameters in bfloat16 are rounded by up to a whole unit in the last place, 2^-7.
 IN_8_BITS = {torch.float32: 1e-3, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+# Numbers are copied and not computed; above zero, because an error has to stay below it.
+EXACT = dict.fromkeys(ROUNDED, 1e-12)
 # An lse of magnitude 10 is exact to 1e-6, which is a relative error of the probabilities.
 SOFTMAX = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
@@ -123,6 +126,29 @@ def _normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pa
     """A normal matrix whose row stride exceeds its width by `pad`."""
     *rows, width = shape
     return torch.randn((*rows, width + pad), device=device).to(dtype)[..., :width]
+
+
+# ---------------------------------------------------------------------- rows of a table on the host
+
+
+def _gather_rows_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
+    rows, columns, tokens = size["rows"], size["columns"], size["tokens"]
+    table_VD = _normal((rows, columns), dtype, device, size.get("pad", 0))
+    ids_N = torch.randint(0, rows, (tokens,), device=device)
+    ids_N[0], ids_N[-1] = 0, rows - 1  # the ends of the table
+    return {"table_VD": _on_host(table_VD), "ids_N": ids_N}
+
+
+def _on_host(value: Tensor) -> Tensor:
+    """What lies on a GPU in pinned memory, its strides kept."""
+    if not value.is_cuda:
+        return value
+    host = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, pin_memory=True)
+    return host.copy_(value)
+
+
+def _gather_rows_cost(size: Size, itemsize: int) -> Cost:
+    return Cost(size["tokens"] * (2 * size["columns"] * itemsize + 8), 0)
 
 
 # ---------------------------------------------------------------------- norm
@@ -624,6 +650,27 @@ CATALOG: dict[str, KernelRow] = {
             ),
             tolerances=ROUNDED,
             cost=_layer_norm_backward_cost,
+        ),
+        KernelRow(
+            name="gather_rows",
+            op=gather_rows,
+            reference=gather_rows_reference,
+            cases=_gather_rows_cases,
+            small=(
+                {"rows": 11, "columns": 48, "tokens": 5},
+                {"rows": 97, "columns": 100, "tokens": 37, "pad": 3},
+                {"rows": 3, "columns": 1, "tokens": 2},
+                {"rows": 5, "columns": 8200, "tokens": 3, "pad": 8},
+                {"rows": 7, "columns": 1500, "tokens": 1},
+            ),
+            large=(
+                {"rows": 32_000, "columns": 8192, "tokens": 8192},
+                {"rows": 32_000, "columns": 4096, "tokens": 8192},
+                {"rows": 4096, "columns": 12_288, "tokens": 2048, "pad": 64},
+                {"rows": 49_152, "columns": 576, "tokens": 8192},
+            ),
+            tolerances=EXACT,
+            cost=_gather_rows_cost,
         ),
         KernelRow(
             name="add_residual",

@@ -11,7 +11,7 @@ from tunesmith.kernels.catalog import CATALOG, Inputs, KernelRow, Size
 
 
 def copied(value: Any, dtype: torch.dtype | None = None) -> Any:
-    """A deep copy with the strides kept; floating tensors are converted to `dtype` where given."""
+    """A deep copy, its strides kept and pinned where it is; floating tensors are converted to `dtype` where given."""
     if isinstance(value, dict):
         return {key: copied(item, dtype) for key, item in value.items()}
     if isinstance(value, tuple):
@@ -21,7 +21,10 @@ def copied(value: Any, dtype: torch.dtype | None = None) -> Any:
         return value
     if dtype is not None and value.is_floating_point():
         return value.to(dtype, copy=True)
-    copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    pinned = value.device.type == "cpu" and value.is_pinned()
+    copy = torch.empty_strided(
+        value.shape, value.stride(), dtype=value.dtype, device=value.device, pin_memory=pinned
+    )
     return copy.copy_(value)
 
 

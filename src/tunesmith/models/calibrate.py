@@ -13,8 +13,6 @@ Shape suffixes: T tokens, N output columns, K input columns.
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable
@@ -26,9 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith._version import __version__
-from tunesmith.kernels import launch
 from tunesmith.kernels.attention import Documents, Heads, Scores, attention_backward, attention_forward
+from tunesmith.kernels.remembered import outcome_file, recall, remember
 from tunesmith.planning.amounts import LayerAmounts
 from tunesmith.planning.cards import Rates
 from tunesmith.planning.facts import LayerFacts, Work
@@ -92,8 +89,8 @@ def calibrate(
         memory: folder in which outcomes are remembered; None measures anew.
         timer: seconds of a call on the device, in place of the clock.
     """
-    file = memory / f"{_key(layer, device, dtype)}.json" if memory is not None else None
-    found = _recall(file)
+    file = outcome_file(memory, device, layer=asdict(layer), dtype=str(dtype))
+    found = recall(file, _believable)
     if found is None:
         try:
             found = _measure(layer, work, device, dtype, timer or _clock(device))
@@ -106,7 +103,7 @@ def calibrate(
         finally:
             _give_back(device)
         if not _doubted(found, table):
-            _remember(file, found)
+            remember(file, found)
     doubted = _doubted(found, table)
     measured: dict[str, Any] = {name: rate for name, rate in found.items() if name not in doubted}
     rates = replace(table, **measured)
@@ -116,6 +113,17 @@ def calibrate(
         )
         return Calibration(rates, f"Rates that cannot be were measured, the table's are used: {names}.")
     return Calibration(replace(rates, source="measured on this card", estimated=False))
+
+
+_NAMES = {"products", "memory", "host_link", "attention_forward", "attention_backward"}
+
+
+def _believable(outcome: Any) -> dict[str, float]:
+    """The rates of a remembered outcome."""
+    rates = {str(name): float(rate) for name, rate in outcome.items()}
+    if rates.keys() != _NAMES or not all(math.isfinite(rate) and rate > 0 for rate in rates.values()):
+        raise ValueError("these are not the rates of a card")
+    return rates
 
 
 def _doubted(found: dict[str, float], table: Rates) -> list[str]:
@@ -237,48 +245,3 @@ def _give_back(device: torch.device) -> None:
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
-
-
-# ---------------------------------------------------------------------- what is remembered
-
-
-def _key(layer: LayerFacts, device: torch.device, dtype: torch.dtype) -> str:
-    """What the rates depend on, as a file name."""
-    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    parts: dict[str, Any] = {
-        "card": f"{properties.name} {properties.major}.{properties.minor}" if properties else device.type,
-        "driver": torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": launch.TRITON_VERSION,
-        "tunesmith": __version__,
-        "layer": asdict(layer),
-        "dtype": str(dtype),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-_NAMES = {"products", "memory", "host_link", "attention_forward", "attention_backward"}
-
-
-def _recall(file: Path | None) -> dict[str, float] | None:
-    if file is None or not file.is_file():
-        return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        rates = {str(name): float(rate) for name, rate in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None  # a damaged file is no outcome
-    whole = rates.keys() == _NAMES and all(math.isfinite(rate) and rate > 0 for rate in rates.values())
-    return rates if whole else None
-
-
-def _remember(file: Path | None, found: dict[str, float]) -> None:
-    if file is None:
-        return
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(found), encoding="utf-8")
-        temporary.replace(file)
-    except OSError:
-        return  # it is measured again next time

@@ -207,6 +207,7 @@ class _DecoderLayer(torch.autograd.Function):
             large |= zip(ctx.moves, call.offloader.pull(handle), strict=True)
         small = {name: large.pop(name) for name in ctx.small}
         stash = Stash(small, large, ctx.backend, ctx.operands)
+        ctx.operands = None  # whoever holds the loss holds the node until all layers are done
         del large
         with torch.autocast(grads[0].device.type, enabled=False):
             grad_hidden_TD, grads_parameters = layer_backward(call, grads[0], stash)

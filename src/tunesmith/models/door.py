@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from tunesmith.contracts.errors import UserError
 from tunesmith.models.attention import ATTENTION, attending, register_attention
 from tunesmith.models.door_check import prove
-from tunesmith.models.install import override
+from tunesmith.models.override import override
 from tunesmith.models.packed_call import layout_of, run_packed
 from tunesmith.models.unpad import NotPackableError
 

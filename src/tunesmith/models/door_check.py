@@ -112,7 +112,7 @@ def prove(backbone: Any, stock: Callable[..., Any]) -> Proof:
             "its ...".
     """
     embedding = backbone.get_input_embeddings()
-    device = embedding.weight.device
+    device = next(backbone.parameters()).device  # not the embedding's, which may be on the host
     mask_BT = torch.tensor(_MASK, device=device)
     ids_BT = (torch.arange(mask_BT.numel(), device=device) * 5 + 1).view(mask_BT.shape) % min(
         97, embedding.weight.shape[0]

@@ -12,9 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from operator import attrgetter
-from types import MethodType
 from typing import Any
 
 import torch
@@ -22,9 +20,11 @@ from torch import Tensor, nn
 
 from tunesmith.kernels.attention import Documents, Heads, Scores
 from tunesmith.models.decoder import dropout_seeds, run_layer
+from tunesmith.models.host_embedding import HostEmbedding, move_embedding_to_host
 from tunesmith.models.last_norm import last_norm_forward
 from tunesmith.models.layer_call import Groups, LayerCall, LayerShape, Norm, Norms
 from tunesmith.models.offload import Offloader
+from tunesmith.models.override import override
 from tunesmith.models.policy import POLICIES, Policy
 from tunesmith.models.projections import (
     Group,
@@ -51,6 +51,7 @@ class Installed:
             most as many (`tiles`); None for never.
         layers: the fused layers themselves; shapes: the constants of each.
         row: the family of the model, or None where it has no fused layer.
+        embedding: the input embedding where it is on the host (`set_embedding_on_host`), else None.
     """
 
     model: Any
@@ -63,6 +64,7 @@ class Installed:
     shapes: list[LayerShape] = field(default_factory=list, repr=False)
     row: Architecture | None = None
     tile_tokens: int | None = TILE_TOKENS
+    embedding: HostEmbedding | None = None
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def set_policy(self, name: str) -> None:
@@ -73,6 +75,18 @@ class Installed:
         """Use a row of `POLICIES` in each decoder layer, from the first to the last, from the next forward on."""
         assert len(names) == len(self.policies)
         self.policies = tuple(POLICIES[name] for name in names)
+
+    def set_embedding_on_host(self, wanted: bool) -> None:
+        """Hold the input embedding in pinned host memory, or on its device again; between steps.
+
+        Raises:
+            NotMovableError, RuntimeError: see `host_embedding.move_embedding_to_host`.
+        """
+        if self.embedding is not None and not wanted:
+            self.embedding.undo()
+            self.embedding = None
+        elif self.embedding is None and wanted:
+            self.embedding = move_embedding_to_host(self.model)
 
     @property
     def policy(self) -> Policy:
@@ -87,6 +101,8 @@ class Installed:
             rows.append((f"{len(self.fused)} decoder layers", "fused", f"activations: {self._held()}"))
         reasons = Counter(reason for _, reason in self.stock)
         rows += [(f"{count} decoder layers", "stock", reason) for reason, count in reasons.items()]
+        if self.embedding is not None:
+            rows.append(("input embedding", "on the host", f"{self.embedding.bytes / 2**30:.2f} GiB pinned"))
         return rows
 
     def _used(self) -> list[Policy]:
@@ -120,9 +136,10 @@ class Installed:
         return total / max(1, len(self.layers))
 
     def undo(self) -> None:
-        """Give every layer its stock computation back."""
+        """Give the model its stock computation back, and the input embedding its place."""
         while self._undo:
             self._undo.pop()()
+        self.set_embedding_on_host(False)
 
 
 class _FusedForward:
@@ -351,19 +368,6 @@ def _replace_forward(
         join_weights([read_projection(attrgetter(name)(layer)).base for name in names])
     forward = _FusedForward(layer, row, shape, installed, number)
     override(layer, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs), installed._undo)
-
-
-def override(owner: Any, name: str, function: Callable[..., Any], undo: list[Callable[[], None]]) -> None:
-    """Give an instance a method of its own; `undo` gets what brings back the one it had, its own or its class's."""
-    if name in vars(owner):
-        undo.append(partial(setattr, owner, name, vars(owner)[name]))
-    else:
-        undo.append(partial(_drop, owner, name))  # of the owner: a deep copy undoes its own
-    setattr(owner, name, MethodType(function, owner))
-
-
-def _drop(owner: Any, name: str) -> None:
-    vars(owner).pop(name, None)
 
 
 def _take_over_checkpointing(base: Any, installed: Installed) -> None:
