@@ -54,16 +54,33 @@ def card_name(name: str) -> str:
 
 
 def plan_step(
-    facts: ModelFacts, work: Work, *, card: str, budget: float, policy: str = "auto", host_bytes: int | None
+    facts: ModelFacts,
+    work: Work,
+    *,
+    card: str,
+    budget: float,
+    policy: str = "auto",
+    embedding: str = "auto",
+    host_bytes: int | None,
 ) -> Plan:
     """The fastest layout of one step of one micro-batch within a budget, or one policy for all layers.
 
     Args:
         card: a row of `CARDS`.
         budget: share of its memory (at most 1), or bytes.
+        embedding: where the input embedding lies, as `PlanRequest` has it.
         host_bytes: that may be pinned, None for any number.
     """
-    request = PlanRequest(card, work, 1, 1, 1, policy, budget, host_bytes)
+    request = PlanRequest(
+        card,
+        work,
+        rows=1,
+        micro_batch=1,
+        policy=policy,
+        embedding=embedding,
+        budget=budget,
+        host_bytes=host_bytes,
+    )
     allowed = request.budget_of(CARDS[card].memory_bytes)
     return plan_of(request, solve(facts, request, CARDS[card].rates(), allowed), allowed)
 
@@ -72,6 +89,7 @@ def foreseen(plan: Plan) -> dict[str, Any]:
     """The figures of a plan that are measured as well, as fields of a row of results."""
     return {
         "layout": plan.layout,
+        "embedding": plan.embedding,
         "fits": plan.fits,
         "foreseen_peak_gib": round(plan.peak_bytes / GIB, 2),
         "foreseen_host_gib": round(plan.host_bytes / GIB, 2),

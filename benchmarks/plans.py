@@ -93,7 +93,15 @@ def _outcome(arguments: argparse.Namespace, model: Any, plan: Plan, batches: lis
     from benchmarks.shapes import device_and_dtype
 
     (device, dtype), tokens = device_and_dtype(), batches[0].tokens
-    with training_step(model, plan.policies, device, dtype, tokens=tokens, adapter=arguments.adapter) as (
+    with training_step(
+        model,
+        plan.policies,
+        device,
+        dtype,
+        tokens=tokens,
+        adapter=arguments.adapter,
+        embedding=plan.embedding,
+    ) as (
         step,
         installed,
     ):

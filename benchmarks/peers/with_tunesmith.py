@@ -41,6 +41,7 @@ def training_step(
     *,
     tokens: int,
     adapter: str,
+    embedding: str = "device",
     graphs: bool | None = None,
 ) -> Iterator[tuple[Step, Installed | None]]:
     """One step of training as a function from a batch to its loss, and what was installed.
@@ -50,6 +51,7 @@ def training_step(
         policy: a row of `POLICIES`, one for each layer, or `stock` for layers as they are.
         tokens: of a step.
         adapter: what trains, a row of `OPTIMIZERS`.
+        embedding: where the input embedding lies, `device` or `host`.
         graphs: record CUDA graphs; None where training would.
     """
     causal = CausalModel(model, dtype)
@@ -58,9 +60,12 @@ def training_step(
     installed = None if policy == "stock" else install(model)
     if installed is not None:
         installed.set_policies([policy] * len(installed.policies) if isinstance(policy, str) else policy)
+        installed.set_embedding_on_host(embedding == "host")
     if graphs is None:
         graphs = installed is not None and device.type == "cuda" and installed.recordable() is None
-        graphs = graphs and graphs_pay(tokens=tokens, layer_parameters=installed.layer_parameters())
+        graphs = graphs and graphs_pay(
+            tokens=tokens, layer_parameters=installed.layer_parameters(), full=adapter == "full"
+        )
     backend = SingleDevice(model, optimizer, device, dtype, graphs=graphs)
     loss = ObjectiveLoss(causal, SFT)
     model.train()
@@ -105,16 +110,15 @@ def measure(work: Work) -> Iterator[dict[str, Any]]:
         model = add_lora(model, rank=RANK, alpha=float(RANK), dropout=0.0, targets="all-linear", seed=0)
     documents = batches_of(work)
     batches = [token_batch(row) for row in documents]
-    policy, foresight = work.options["policy"], {}
+    policy, embedding, foresight = work.options["policy"], "device", {}
     if policy == "plan":
         plan = planned(work, documents[0], dtype)
-        policy, foresight = plan.policies, foreseen(plan)
+        policy, embedding, foresight = plan.policies, plan.embedding, foreseen(plan)
     try:
         tokens = batches[0].tokens
-        with training_step(model, policy, device, dtype, tokens=tokens, adapter=work.adapter) as (
-            step,
-            installed,
-        ):
+        with training_step(
+            model, policy, device, dtype, tokens=tokens, adapter=work.adapter, embedding=embedding
+        ) as (step, installed):
             timing = time_steps(
                 lambda number: step(batches[number % len(batches)]),
                 steps=work.steps,

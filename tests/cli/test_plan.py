@@ -6,15 +6,19 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.cli.command import exit_code
+from tunesmith.cli.plan import plan_and_print
 from tunesmith.config import plan_card, plan_model, plan_run
 from tunesmith.planning import plan as planning
+from tunesmith.planning.cards import CARDS
 from tunesmith.planning.facts import ModelFacts
 from tunesmith.planning.plan import Alternative, Plan, PlanRequest, Summary
 
@@ -56,6 +60,7 @@ def handmade(facts: ModelFacts, request: PlanRequest, *, fits: bool = True) -> P
         micro_batch_rows=3,
         tokens=3 * sum(request.work.documents),
         policies=("recompute",) * lean + ("keep",) * (len(facts.layers) - lean),
+        embedding="device",
         chunks={"head": 1024},
         peak_bytes=peak,
         step_seconds=4.0,
@@ -115,8 +120,8 @@ def test_the_report_says_what_is_planned_and_what_it_comes_to(asked, run_file, c
     assert code == 0
     for line in (
         "meta-llama/Llama-3.1-8B: 8.03 billion parameters in 32 layers (llama, from the table of public models)",
-        "LoRA of rank 8: 21.0 million parameters, the base in 4 bits (NF4), with adamw",
-        "H100-80GB, 79.1 GiB",
+        "LoRA of rank 8: 21.0 million parameters, the base in 4 bits (NF4), computed in bfloat16, with adamw",
+        "H100-80GB, 79.1 GiB, speeds measured on such a card",
         "16 rows of 4,096 tokens a step",
         "3 rows, 12,288 tokens; 6 micro-batches a step",
         "8 × recompute, 24 × keep",
@@ -162,6 +167,71 @@ def test_what_does_not_fit_is_said_with_what_does(run_file, capsys, monkeypatch)
     assert "no GPU is here; name another with --gpu" in text
 
 
+def test_where_nothing_fits_that_is_near_this_is_said(run_file, capsys, tmp_path, monkeypatch):
+    def answer(facts: ModelFacts, request: PlanRequest) -> Plan:
+        return replace(handmade(facts, request, fits=False), nearest=())
+
+    monkeypatch.setattr(plan_run, "make_plan", answer)
+    code, text = printed(capsys, run_file, "--picture", tmp_path / "plan.html")
+
+    assert code == 1
+    assert "nearest settings" not in text
+    assert "Nothing near fits: no two settings changed at once, and no other card alone." in text
+    assert "Nothing near fits" in (tmp_path / "plan.html").read_text(encoding="utf-8")
+
+
+def test_a_host_that_has_too_little_is_what_is_said_to_be_missing(run_file, capsys, monkeypatch):
+    def answer(facts: ModelFacts, request: PlanRequest) -> Plan:
+        assert request.host_bytes == 4 * GIB
+        fits = handmade(facts, request)
+        lacking = replace(fits.summary, fits=False)
+        return replace(
+            fits, fits=False, host_bytes=24 * GIB, nearest=(Alternative("another", ("a.b=c",), lacking),)
+        )
+
+    monkeypatch.setattr(plan_run, "make_plan", answer)
+    monkeypatch.setattr(
+        "tunesmith.cli.plan.choose_card",
+        lambda gpu: plan_card.ChosenCard(CARDS["RTX-4090"], "this machine's", 4 * GIB),
+    )
+    code, text = printed(capsys, run_file)
+
+    assert code == 1
+    assert (
+        "It does not fit: 24.0 GiB of host memory would be pinned, and 4.0 may be, half of what is free."
+        in text
+    )
+    assert "lacks host memory" in text
+    assert "host memory  24.0 GiB pinned\n" in text
+
+
+def test_pinned_memory_of_another_machine_comes_with_what_that_asks_of_it(run_file, capsys, monkeypatch):
+    def answer(facts: ModelFacts, request: PlanRequest) -> Plan:
+        return replace(handmade(facts, request), host_bytes=3 * GIB)
+
+    monkeypatch.setattr(plan_run, "make_plan", answer)
+    _, text = printed(capsys, run_file)
+
+    assert "host memory  3.0 GiB pinned, of a machine with at least 6.0 GiB free\n" in text
+
+
+def test_no_line_of_a_report_is_wider_than_the_terminal(run_file):
+    """What would be too wide goes on in the next line; settings stay whole, to be copied."""
+    out = StringIO()
+    console = Console(file=out, force_terminal=True, width=80, color_system=None)
+    words = ["model.name=meta-llama/Llama-3.1-70B", "adapter.kind=none", "model.quantize=none"]
+    plan_and_print(str(run_file), words, console, gpu="H100-80GB")
+    lines = [line.rstrip() for line in out.getvalue().splitlines()[1:]]  # the first is the run file's
+
+    assert max(map(len, lines)) <= 80
+    assert "LoRA instead of all" in "\n".join(lines)
+    assert "  adapter.kind=lora model.quantize=nf4" in lines
+    heads = next(line for line in lines if line.startswith("nearest settings"))
+    others = [line for line in lines if line.endswith(" s") and "/s" not in line]
+    assert len(others) > 1
+    assert {len(line) for line in others} == {len(heads)}
+
+
 def test_a_run_without_steps_is_planned_by_the_thousand(asked, run_file, capsys):
     _, text = printed(capsys, run_file, "train.steps=null")
 
@@ -177,6 +247,13 @@ def test_json_has_all_of_it(asked, run_file, capsys):
     assert said["model"]["trained_parameters"] == 20_971_520
     assert said["model"]["unfused"] is None
     assert said["request"]["work"]["quantize"] == "nf4"
+    assert said["card"] == {
+        "name": "H100-80GB",
+        "memory_bytes": CARDS["H100-80GB"].memory_bytes,
+        "figures_from": "NVIDIA H100 data sheet, SXM",
+        "estimated": False,
+        "computes_in": "bfloat16",
+    }
     assert said["plan"]["fits"] is True
     assert said["plan"]["parts"]["weights"] == 6 * GIB
     assert said["plan"]["policies"].count("recompute") == 8
@@ -275,6 +352,11 @@ def test_the_rank_of_an_adapter_that_is_continued_is_its_own(asked, run_file, tm
         ("adapter.targets=[q_proj]", "counted on all projections of each group that it touches"),
         ("adapter.last_layers=4", "adapter.last_layers is not counted"),
         ("adapter.modules_to_save=[lm_head]", "What adapter.modules_to_save trains besides is not counted"),
+        (
+            "memory.budget='100 GB'",
+            "memory.budget is 93.1 GiB, and the card has 79.1: all of it is planned with",
+        ),
+        ("model.name=mistralai/Mixtral-8x7B-v0.1", "Of its experts those that one token meets are counted"),
     ],
 )
 def test_what_the_plan_does_not_know_is_said(asked, run_file, capsys, override, note):
@@ -283,6 +365,40 @@ def test_what_the_plan_does_not_know_is_said(asked, run_file, capsys, override, 
 
     assert note in text
     assert note not in plain
+
+
+@pytest.mark.parametrize(
+    ("gpu", "more", "computed", "note"),
+    [
+        ("RTX-4090", (), "bfloat16", ""),
+        ("T4", (), "float16", "T4 has no bfloat16: the run computes in float16, with a loss scale."),
+        ("T4", ("model.dtype=bfloat16",), "bfloat16", "T4 has no bfloat16, and model.dtype asks for it"),
+        ("T4", ("model.dtype=float32",), "float32", ""),
+    ],
+)
+def test_the_type_that_a_run_computes_in_is_said(asked, run_file, capsys, gpu, more, computed, note):
+    _, text = printed(capsys, run_file, "--gpu", gpu, *more)
+
+    assert f", computed in {computed}, with adamw" in text
+    assert note in text
+    assert ("no bfloat16" in text) == bool(note)
+
+
+def test_weights_that_were_published_quantised_are_said_to_be_counted_in_16_bits(
+    asked, run_file, tmp_path, capsys
+):
+    folder = write_model(tmp_path / "mine", quantization_config={"quant_method": "awq", "bits": 4})
+    note = "Its weights are published in awq and counted in 16 bits"
+    _, text = printed(capsys, run_file, f"model.name={folder}", "model.quantize=none")
+
+    assert note in text
+    assert asked[-1][1].work.quantize == "none"
+    own = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    _, text = printed(
+        capsys, run_file, f"model.name={write_model(tmp_path / 'own', quantization_config=own)}"
+    )
+    assert "published in" not in text
+    assert asked[-1][1].work.quantize == "nf4"
 
 
 # ---------------------------------------------------------------------- where the config is from
@@ -363,14 +479,34 @@ def test_a_gated_model_says_how_to_get_it(run_file, capsys, monkeypatch):
     assert "https://huggingface.co/somebody/gated" in text
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "\xff"])
-def test_a_config_that_is_damaged_is_a_sentence(run_file, tmp_path, capsys, content):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "it is no JSON, from line 1, column 2 on"),
+        ("x" * 10_000_000, "it is no JSON, from line 1, column 1 on"),
+        ("[" * 100_000, "it is no JSON that a model has"),
+        ("1" * 100_000, "it is no JSON that a model has"),
+        ("[1]", "it holds no names and values"),
+        ("\xff", "it is no text in UTF-8"),
+    ],
+    ids=["cut", "junk", "deep", "digits", "list", "binary"],
+)
+def test_a_config_that_is_damaged_is_a_sentence(run_file, tmp_path, capsys, content, reason):
     folder = write_model(tmp_path / "mine")
     (folder / "config.json").write_text(content, encoding="latin-1")
     code, text = printed(capsys, run_file, f"model.name={folder}")
 
     assert code == 2
-    assert f"the config.json of {folder}" in text
+    assert f"error: model.name: the config.json of {folder} cannot be read: {reason}.\n" == text
+
+
+def test_links_that_lead_in_a_circle_are_a_sentence(run_file, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").symlink_to("config.json")
+    code, text = printed(capsys, run_file, f"model.name={tmp_path / 'mine'}")
+
+    assert code == 2
+    assert "holds no config.json" in text
 
 
 def test_a_target_that_is_nowhere_names_those_that_are(asked, run_file, capsys):
@@ -457,6 +593,26 @@ def test_areas_lie_on_each_other_and_under_the_budget(asked, run_file, tmp_path)
         half = len(below) // 2
         assert below[:half] == above[half:][::-1]
     assert (ground - min(y for _, y in areas[-1])) / scale == pytest.approx(25.375, abs=0.02)
+
+
+def test_the_budget_can_be_read_where_it_lies_on_areas(run_file, tmp_path, monkeypatch):
+    """A plan that does not fit is higher than its budget: the line and its words have paper below them."""
+    from xml.etree import ElementTree
+
+    monkeypatch.setattr(plan_run, "make_plan", lambda facts, request: handmade(facts, request, fits=False))
+    page = tmp_path / "plan.html"
+    exit_code("plan", run_file, "--picture", page)
+    html = page.read_text(encoding="utf-8")
+    svg = ElementTree.fromstring(html[html.index("<svg") : html.index("</svg>") + 6])
+    drawn = list(svg)
+    place = next(number for number, one in enumerate(drawn) if one.attrib.get("class") == "limit")
+    ends = ("x1", "x2", "y1", "y2")
+
+    assert "stroke:var(--paper)" in drawn[place - 1].attrib["style"]
+    assert [drawn[place - 1].attrib[end] for end in ends] == [drawn[place].attrib[end] for end in ends]
+    assert "paint-order:stroke" in drawn[place + 1].attrib["style"]
+    assert drawn[place + 1].text == "20.0 GiB may be used"
+    assert all(one.tag != "polygon" for one in drawn[place:])
 
 
 def test_a_png_is_drawn_by_matplotlib(asked, run_file, tmp_path):

@@ -17,15 +17,20 @@ from tests.support.runs import Recorder, build, run_settings
 from tests.support.tiny import save_tiny_model, tiny_llama
 from tunesmith.config import assemble, fit_run, summary
 from tunesmith.config.assemble import Run
-from tunesmith.config.fit_run import Measured, Planned, Room, heaviest_row, plan_fit
+from tunesmith.config.fall_back import Measured
+from tunesmith.config.fit_run import Planned, Room, heaviest_row, plan_fit
 from tunesmith.config.load import load_settings
-from tunesmith.contracts.errors import ConfigError
+from tunesmith.contracts.errors import ConfigError, UserError
 from tunesmith.data.feed import TableFeed
+from tunesmith.models import host_embedding
 from tunesmith.models.adapter import add_lora
+from tunesmith.models.calibrate import Calibration
 from tunesmith.models.head import CausalModel
 from tunesmith.models.install import Installed, install
 from tunesmith.planning.cards import CARDS
-from tunesmith.planning.fit import USABLE_HOST
+from tunesmith.planning.facts import Work
+from tunesmith.planning.fit import pinnable
+from tunesmith.planning.read_facts import read_facts
 from tunesmith.settings.quantities import share_or_bytes
 from tunesmith.settings.run import RunSettings
 
@@ -68,11 +73,12 @@ def planned(
     usable: int = 80 * GIB,
     host: int = 0,
     total: int = 80 * GIB,
+    note: str = "",
     **sections: Any,
 ) -> Planned:
     found = plan_fit(
         settings(**sections), causal, DATA, installed, card=CARD, room=Room(total, usable, allocated(causal)),
-        host_bytes=host, rates=lambda _facts, _work: CARD.rates(),
+        host_bytes=host, rates=lambda _facts, _work: Calibration(CARD.rates(), note),
     )  # fmt: skip
     assert found is not None
     return found
@@ -110,7 +116,7 @@ def test_the_planner_is_asked_with_the_model_that_is_there():
     assert (work.rank, work.adapted, work.dropout, work.quantize) == (4, ("qkv", "down"), True, "none")
     assert (work.itemsize, work.trained_itemsize, work.optimizer) == (2, 4, "adamw_8bit")
     assert found.request.rows == 4
-    assert found.request.host_bytes == USABLE_HOST * 10 * GIB
+    assert found.request.host_bytes == pinnable(10 * GIB)
     assert found.budget == 24 * GIB
     assert planned(causal, installed, train={"global_batch": "10000 tokens"}).request.rows == 3
 
@@ -148,6 +154,26 @@ def test_what_the_user_fixed_is_held_to(fused):
     assert found.down(2 * 4096, 4096) is None
 
 
+def test_what_could_not_be_measured_of_the_card_is_said(fused):
+    causal, installed = fused
+    assert list(planned(causal, installed, note="Rates that cannot be.").warnings()) == [
+        "Rates that cannot be."
+    ]
+    assert not list(planned(causal, installed).warnings())
+
+
+@pytest.mark.parametrize("estimated", [True, False])
+def test_a_card_is_measured_where_the_table_only_estimates(fused, monkeypatch, estimated):
+    """What the measurement says reaches the run whole; a card whose steps were measured is not asked again."""
+    causal, _ = fused
+    asked, answer = [], Calibration(CARD.rates(), "It could not be measured.")
+    monkeypatch.setattr(fit_run, "calibrate", lambda *args, **_options: asked.append(args) or answer)
+    facts = read_facts(causal.base.config.to_dict(), "tiny")
+    found = fit_run.rates_of(replace(CARD, estimated=estimated), causal)(facts, Work((64,), 64))
+    assert found == (answer if estimated else Calibration(replace(CARD, estimated=False).rates()))
+    assert len(asked) == estimated
+
+
 def test_what_does_not_fit_is_tried_with_a_warning(fused):
     causal, installed = fused
     found = planned(causal, installed, usable=2**20)
@@ -160,7 +186,7 @@ def test_what_does_not_fit_is_tried_with_a_warning(fused):
 def test_a_model_that_cannot_be_counted_is_not_planned():
     causal, installed = fused_model(use_dora=True)
     room = Room(80 * GIB, 80 * GIB, 0)
-    rates: Any = lambda *_: CARD.rates()  # noqa: E731
+    rates: Any = lambda *_: Calibration(CARD.rates())  # noqa: E731
     assert (
         plan_fit(settings(), causal, DATA, installed, card=CARD, room=room, host_bytes=0, rates=rates) is None
     )
@@ -276,7 +302,7 @@ def planned_run(
             memory = found.memory.model_copy(update=sections)
             return plan_fit(
                 found.model_copy(update={"memory": memory}), causal, data, installed, card=CARD,
-                room=Room(room, room, allocated(causal)), host_bytes=0, rates=lambda *_: CARD.rates(),
+                room=Room(room, room, allocated(causal)), host_bytes=0, rates=lambda *_: Calibration(CARD.rates()),
             )  # type: ignore[return-value]  # fmt: skip
 
         low, high = (within(GIB, policy).solution.peak for policy in ("recompute", "keep_all"))
@@ -359,3 +385,61 @@ def test_a_budget_is_a_share_or_an_amount(written, asked):
 def test_another_budget_is_refused(written):
     with pytest.raises(ConfigError, match=r"memory\.budget"):
         settings(memory={"budget": written})
+
+
+def test_the_embedding_follows_the_plan():
+    """To the host and, with a layout that has it there, back."""
+    causal, installed = fused_model(tie_word_embeddings=False)
+    table = causal.base.get_input_embeddings().weight
+    found = planned(causal, installed, host=GIB, memory={"embedding": "host"})
+    assert found.plan.embedding == "host"
+    assert installed.embedding is not None
+    assert installed.embedding.bytes == table.nbytes
+    assert found.plan.host_bytes >= 2 * table.numel(), "a run holds it in its compute type"
+    assert "with the input embedding" in summary._foreseen(found.plan)
+    back = planned(causal, installed, host=GIB, memory={"embedding": "device"})
+    assert back.plan.embedding == "device"
+    assert installed.embedding is None
+    assert causal.base.get_input_embeddings().weight is table
+
+
+def test_the_embedding_stays_where_it_trains_or_is_the_head():
+    causal, installed = fused_model()
+    assert tight(causal, installed, 0.2).plan.embedding == "device"
+    with pytest.raises(
+        UserError, match=r"memory\.embedding: host is not possible: the input embedding shares"
+    ):
+        planned(causal, installed, memory={"embedding": "host"})
+
+
+def test_a_host_that_pins_nothing_more_keeps_the_embedding_on_the_device(monkeypatch):
+    causal, installed = fused_model(tie_word_embeddings=False)
+
+    def refuse(_table):
+        raise RuntimeError("cannot pin 1 GiB\nmore words")
+
+    monkeypatch.setattr(host_embedding, "pinned_copy", refuse)
+    rich = planned(causal, installed, memory={"policy": "keep_all"}, train={"micro_batch": 1})
+    found = planned(
+        causal, installed, host=GIB, total=rich.solution.peak // 2, usable=rich.solution.peak // 2,
+        memory={"budget": 1.0},
+    )  # fmt: skip
+    assert found.request.embedding == "device", "it was to be moved"
+    assert found.plan.embedding == "device"
+    assert installed.embedding is None
+    assert tuple(policy.name for policy in installed.policies) == found.solution.policies
+    with pytest.raises(UserError, match="host is not possible: cannot pin 1 GiB"):
+        planned(causal, installed, host=GIB, memory={"embedding": "host"})
+
+
+def test_the_embedding_is_moved_where_nothing_is_planned():
+    causal, installed = fused_model(tie_word_embeddings=False)
+    with pytest.raises(UserError, match=r"memory\.embedding: host is not possible: this run is on a CPU"):
+        fit_run.place_embedding(settings(memory={"embedding": "host"}), causal, installed)
+    fit_run.place_embedding(settings(), causal, installed)
+    assert installed.embedding is None
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), model=causal.model)
+    with pytest.raises(UserError, match="layers are not fused"):
+        fit_run.place_embedding(settings(memory={"embedding": "host"}), on_gpu, None)
+    fit_run.place_embedding(settings(memory={"embedding": "host"}), on_gpu, installed)
+    assert installed.embedding is not None

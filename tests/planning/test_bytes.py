@@ -16,6 +16,7 @@ from tunesmith.planning.bytes import (
     head_rows,
     host_bytes,
     matrix_bytes,
+    on_device,
     peak_bytes,
     timeline,
 )
@@ -127,6 +128,32 @@ def test_the_optimizer_and_the_gradients_follow_what_trains():
 def test_the_chunk_of_logits():
     assert head_rows(facts_of("8b"), Work((8192,), 8192)) == 1024 - 1024 % 128
     assert head_rows(facts_of("8b"), Work((8192,), 100)) == 100
+
+
+def test_what_moves_is_on_the_device_for_two_layers_and_comes_back_one_ahead():
+    """Worked out by hand from `models.offload`: layers 0, 1 and 3 of six move 1, 10 and 1,000 bytes."""
+    there = on_device([1, 10, 0, 1000, 0, 0], 0)
+    assert there.forward == [0, 1, 11, 10, 1000, 1000, 0]
+    # layer 3 left while 4 and 5 ran; 3 brings 1 along, and 1 brings 0
+    assert there.end == 0
+    assert there.backward == [1, 11, 10, 1010, 0, 0]
+
+
+def test_what_moves_last_does_not_leave():
+    there = on_device([1, 10, 100, 1000, 0], 0)
+    assert there.forward == [0, 1, 11, 110, 1100, 1000]
+    # one layer ran after the last that moves, which is not enough; it brings the one before it along
+    assert there.end == 1000
+    assert there.backward == [1, 11, 110, 1100, 1000]
+    assert on_device([1, 10, 100], 0).backward == [1, 11, 110]
+    assert on_device([0, 7], 0).backward == [0, 7]
+
+
+def test_the_embedded_rows_are_held_through_the_forward_pass():
+    """They are in the first layer's tensors until these have left."""
+    there = on_device([5, 0, 0, 0], 2)
+    assert (there.forward, there.end, there.backward) == ([0, 5, 5, 2, 2], 0, [5, 0, 0, 0])
+    assert on_device([0, 5, 0, 0], 2).forward == [0, 0, 5, 5, 0]
 
 
 @given(

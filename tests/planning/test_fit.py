@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from tunesmith.planning.fit import (
     BUSY_TOKENS,
     USABLE,
-    USABLE_HOST,
     Fit,
     PolicyCost,
     fit_micro_batch,
     layer_costs,
+    pinnable,
 )
 
 MIB, GIB = 2**20, 2**30
@@ -63,7 +63,7 @@ def of(case: dict[str, Any], name: str) -> PolicyCost:
 def takes(cost: PolicyCost, tokens: int, case: dict[str, Any]) -> bool:
     """Whether so many tokens fit on the device and on the host."""
     on_device = cost.device_bytes * tokens <= USABLE * max(case["free_bytes"], 0)
-    return on_device and cost.host_bytes * tokens <= USABLE_HOST * case["free_host_bytes"]
+    return on_device and cost.host_bytes * tokens <= pinnable(case["free_host_bytes"])
 
 
 @given(cases)
@@ -89,7 +89,7 @@ def test_where_no_row_fits_auto_takes_least_of_the_device(case: dict[str, Any]) 
     if any(takes(cost, case["row_tokens"], case) for cost in case["costs"]):
         case = {**case, "free_bytes": 0}
     rows = case["row_tokens"]
-    on_host = [c for c in case["costs"] if c.host_bytes * rows <= USABLE_HOST * case["free_host_bytes"]]
+    on_host = [c for c in case["costs"] if c.host_bytes * rows <= pinnable(case["free_host_bytes"])]
     found = fit(**case)
     assert found.policy in [cost.name for cost in on_host]
     assert found.bytes_per_token == min(cost.device_bytes for cost in on_host)

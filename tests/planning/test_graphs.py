@@ -19,4 +19,14 @@ from tunesmith.planning.graphs import graphs_pay
     ids=["135M", "135M-long", "1B", "8B", "70B"],
 )
 def test_small_models_and_short_rows(parameters, tokens, expected):
-    assert graphs_pay(tokens=tokens, layer_parameters=parameters) is expected
+    for full in (False, True):
+        assert graphs_pay(tokens=tokens, layer_parameters=parameters, full=full) is expected
+
+
+def test_gradients_of_weights_are_a_third_product():
+    for full, tokens in (
+        (False, 4000),
+        (True, 2666),
+    ):  # what the device does of 2.5 ms at 4e14 operations a second
+        assert graphs_pay(tokens=tokens, layer_parameters=62.4e6, full=full)
+        assert not graphs_pay(tokens=tokens + 20, layer_parameters=62.4e6, full=full)

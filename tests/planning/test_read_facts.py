@@ -277,6 +277,15 @@ def test_a_token_meets_the_experts_it_is_sent_to():
 
 # ---------------------------------------------------------------------- what cannot be read
 
+_SOME = {
+    "num_hidden_layers": 2,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "num_experts_per_tok": 1,
+    "vocab_size": 10,
+}
+
 
 @pytest.mark.parametrize(
     ("config", "said"),
@@ -299,6 +308,19 @@ def test_a_token_meets_the_experts_it_is_sent_to():
             {"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["full_attention"]},
             "its layer_types",
         ),
+        ({"model_type": "llama", "max_position_embeddings": "4096"}, "its max_position_embeddings is '4096'"),
+        ({"model_type": "llama", "num_hidden_layers": 1_001}, "it says that there are 1,001 layers"),
+        ({"model_type": "mixtral", **_SOME, "num_local_experts": -8}, "its num_local_experts is -8"),
+        (
+            {"model_type": "qwen3_moe", **_SOME, "num_experts": 4, "moe_intermediate_size": "a"},
+            "its moe_intermediate_size is 'a'",
+        ),
+        ({"model_type": "gpt2", **_SOME, "n_positions": "x"}, "its n_positions is 'x'"),
+        ({"model_type": "mistral", "sliding_window": "x"}, "one of its values is not of the kind"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "one of its values is not of the kind"),
+        ({"model_type": "phi3", "partial_rotary_factor": "x"}, "one of its values is not of the kind"),
+        ({"model_type": "llama", "hidden_act": ["silu"]}, "one of its values is not of the kind"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "it fills in masked words"),
     ],
 )
 def test_what_cannot_be_read_is_a_sentence(config, said):

@@ -301,7 +301,19 @@ def test_copies_of_few_layers_hide_behind_the_others():
     """Two layers travel for 6 s each, and compute 5 forward: only the third after them could notice."""
     travels, stays = layer_of(5.0, 10.0, 6.0), layer_of(5.0, 10.0)
     assert seconds.forward_seconds([travels, stays, stays, travels]) == 20.0
+    # the last one has not left when backward starts, and brings the first along
     assert seconds.backward_seconds([travels, stays, stays, travels]) == 40.0
+
+
+def test_layers_that_stay_let_go_of_those_that_travelled_before_them():
+    travels, stays = layer_of(1.0, 2.0, 6.0), layer_of(1.0, 2.0)
+    # copies end at 7 and 13; the third layer waits for the first one's, the fourth for the second one's
+    assert seconds.forward_seconds([travels, travels, stays]) == 7.0
+    assert seconds.forward_seconds([travels, travels, stays, stays]) == 13.0
+    # both have left: the second comes back from 4 to 10 while its layer waits, the first behind it until 16
+    assert seconds.backward_seconds([travels, travels, stays, stays]) == 16.0 + 2.0
+    # the second has not left, and the first comes back from 2 to 8
+    assert seconds.backward_seconds([travels, travels, stays]) == 8.0 + 2.0
 
 
 def test_copies_of_all_layers_hold_them_up():

@@ -22,7 +22,10 @@ from tunesmith.planning.solver import Solution, solve
 RATES = CARDS["H100-80GB"].rates()
 LAYER = LayerFacts(hidden=1024, inner=2816, heads=16, kv_heads=4, head_dim=64, rotary_dim=64)
 WINDOWED = replace(LAYER, window=256, norms=(True, True, True, True))
+WIDE = LayerFacts(hidden=4096, inner=14_336, heads=32, kv_heads=8, head_dim=128, rotary_dim=128)
 ON_DEVICE = [name for name, held in HELD.items() if not held.moved]
+MOVING = [name for name, held in HELD.items() if held.moved]
+MIXED = ["offload_attention", "keep", "keep", "offload", "recompute", "keep_offload_attention"]
 MIB = 2**20
 
 
@@ -32,7 +35,7 @@ def model(*layers: LayerFacts) -> ModelFacts:
 
 def request(rows: int = 1, tokens: int = 4096, **changes) -> PlanRequest:
     work = Work((tokens,), tokens, **changes.pop("work", {}))
-    return PlanRequest("H100-80GB", work, rows, **changes)
+    return PlanRequest("H100-80GB", work, rows, **({"embedding": "device"} | changes))
 
 
 def spread(facts: ModelFacts, asked: PlanRequest) -> tuple[int, int]:
@@ -45,7 +48,8 @@ def spread(facts: ModelFacts, asked: PlanRequest) -> tuple[int, int]:
 def truly(facts: ModelFacts, asked: PlanRequest, found: Solution) -> int:
     """The peak of a solution by the walk of the real timeline."""
     accumulates = found.rows < asked.rows
-    return peak_bytes(facts, asked.work_of(found.rows), found.policies, accumulates=accumulates)
+    work = replace(asked.work_of(found.rows), host_embedding=found.frame.work.host_embedding)
+    return peak_bytes(facts, work, found.policies, accumulates=accumulates)
 
 
 MODELS = {
@@ -69,7 +73,9 @@ def test_a_frame_says_what_the_timeline_and_the_seconds_say(kind, work, rows):
         asked = replace(asked, work=replace(asked.work, supervised=1000))
     frame = Frame(facts, asked, rows, RATES)
     layouts = [(name,) * 5 for name in HELD]
-    layouts += [tuple(itertools.islice(itertools.cycle(ON_DEVICE), start, start + 5)) for start in range(5)]
+    for names in (ON_DEVICE, list(HELD), MIXED):
+        cycled = [itertools.islice(itertools.cycle(names), start, start + 5) for start in range(len(names))]
+        layouts += map(tuple, cycled)
     for policies in layouts:
         accumulates = rows < 2
         assert frame.peak(policies) == peak_bytes(facts, frame.work, policies, accumulates=accumulates)
@@ -99,14 +105,12 @@ def test_no_layout_without_the_host_is_faster_than_the_solution(kind, work):
 
 @pytest.mark.parametrize("window", [None, 256])
 def test_no_layout_whose_first_layers_move_under_one_policy_is_faster(window):
-    wide = LayerFacts(hidden=4096, inner=14_336, heads=32, kv_heads=8, head_dim=128, rotary_dim=128)
-    facts, asked = model(wide, replace(wide, window=window), wide, wide, wide), request()
+    facts, asked = model(WIDE, replace(WIDE, window=window), WIDE, WIDE, WIDE), request()
     frame = Frame(facts, asked, 1, RATES)
-    moving = [name for name in HELD if name not in ON_DEVICE]
     every = [
         (frame.peak(policies), frame.step_seconds(policies))
         for first in range(6)
-        for name in moving
+        for name in MOVING
         for rest in itertools.product(ON_DEVICE, repeat=5 - first)
         for policies in [(name,) * first + rest]
     ]
@@ -122,21 +126,70 @@ def test_no_layout_whose_first_layers_move_under_one_policy_is_faster(window):
     assert moved > 3
 
 
-def test_what_the_prefix_takes_is_added_to_the_rest():
-    """The sum that enumerating prefixes rests on."""
-    facts, asked = model(*[LAYER] * 8), request()
+@pytest.mark.parametrize("host_bytes", [None, 250 * MIB])
+def test_no_layout_whose_first_layers_move_under_two_policies_is_faster(host_bytes):
+    """All of them with the leaner one first, at 31 budgets."""
+    facts, asked = replace(model(*[WIDE] * 6), vocabulary=64), request(host_bytes=host_bytes)
     frame = Frame(facts, asked, 1, RATES)
-    for parts in [(("offload_attention", 5),), (("offload", 2), ("keep_offload_attention", 4))]:
-        prefix = Prefix(frame, parts)
-        rest = [*["recompute"] * 1, *["keep"] * (7 - prefix.count)]
-        ways = frame.of([*prefix.policies, *rest])
+    rest = ["recompute", "recompute_gate_up", "keep_all"]
+    every = [
+        (frame.peak(policies), frame.step_seconds(policies))
+        for pair in itertools.combinations(["offload", "offload_attention", "keep_offload_attention"], 2)
+        for first, second in itertools.product(range(7), repeat=2)
+        if first + second <= 6
+        for behind in itertools.product(rest, repeat=6 - first - second)
+        for policies in [(pair[0],) * first + (pair[1],) * second + behind]
+        if host_bytes is None or frame.host(policies) <= host_bytes
+    ]
+    low, high = min(peak for peak, _ in every), max(peak for peak, _ in every)
+    moved = two = 0
+    for part in range(31):
+        budget = low + (high - low) * part // 30
+        found = solve(facts, asked, RATES, budget)
+        best = min(seconds for peak, seconds in every if peak <= budget)
+        assert found.fits
+        assert found.seconds <= best * (1 + 1e-9)
+        moved += found.host > 0
+        two += len(set(found.policies) & set(MOVING)) > 1
+    assert moved > 3
+    assert two or host_bytes
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (("offload_attention", 5),),
+        (("offload", 2), ("keep_offload_attention", 4)),
+        (("offload_attention", 7),),
+        (("offload", 3), ("offload_attention", 5)),
+    ],
+)
+def test_what_the_prefix_takes_is_added_to_the_rest(parts):
+    """The sums that enumerating prefixes rests on, whatever the layers behind it keep."""
+    facts, asked = model(*[LAYER] * 8), request()
+    frame = Frame(facts, asked, 1, replace(RATES, host_link=20e9))
+    prefix = Prefix(frame, parts)
+    alone = sum(way.seconds for way in prefix.ways)
+    assert prefix.seconds > alone, "it waits for the link, or nothing is tested"
+    for rest in itertools.islice(itertools.product(ON_DEVICE, repeat=8 - prefix.count), 30):
+        policies = [*prefix.policies, *rest]
+        ways, moments = frame.of(policies), frame.moments(policies)
+        behind = ways[prefix.count :]
         timed = [way.timed for way in ways]
-        apart = prefix.seconds + sum(way.seconds for way in ways[prefix.count :])
+        apart = prefix.seconds + sum(way.seconds for way in behind)
         assert apart == pytest.approx(forward_seconds(timed) + backward_seconds(timed), rel=1e-12)
-        assert prefix.seconds > prefix.least_seconds, "it waits for the link, or nothing is tested"
-        leaving = [way.moved for way in ways[prefix.count - 2 : prefix.count]]
-        assert prefix.kept == sum(way.kept for way in ways[: prefix.count]) + sum(leaving)
-        assert prefix.host == frame.host([*prefix.policies, *rest])
+        held = {moment.label: moment.activations for moment in moments}
+        assert held["head"] == prefix.kept + sum(way.kept for way in behind)
+        for number in range(prefix.count, 8):
+            before = sum(way.kept for way in ways[prefix.count : number])
+            assert held[f"forward {number}"] == prefix.kept + prefix.leaving(number) + before
+        own = [
+            moment.bytes
+            for moment in moments
+            if moment.label.split()[-1].isdigit() and int(moment.label.split()[-1]) < prefix.count
+        ]
+        assert prefix.fits(max(own))
+        assert not prefix.fits(max(own) - 1)
 
 
 @settings(max_examples=40, deadline=None)
@@ -147,17 +200,18 @@ def test_what_the_prefix_takes_is_added_to_the_rest():
     tokens=st.sampled_from([500, 2048, 5000]),
     work=st.sampled_from(sorted(WORKS)),
     kind=st.sampled_from(sorted(MODELS)),
-    host=st.sampled_from([None, 0, 40 * MIB]),
+    host=st.sampled_from([None, 0, 40 * MIB, 100 * MIB]),
+    embedding=st.sampled_from(["device", "auto"]),
 )
-def test_budgets_are_kept_to_and_more_memory_is_never_slower(share, more, rows, tokens, work, kind, host):
-    facts, asked = MODELS[kind], request(rows, tokens, work=WORKS[work], host_bytes=host)
+def test_budgets_are_kept_to_and_more_memory_is_never_slower(
+    share, more, rows, tokens, work, kind, host, embedding
+):  # fmt: skip
+    facts = MODELS[kind]
+    asked = request(rows, tokens, work=WORKS[work], host_bytes=host, embedding=embedding)
     low, high = spread(facts, asked)
     budget = int(low + share * (high - low) * rows)
     found = solve(facts, asked, RATES, budget)
-    true = truly(facts, asked, found)
-    assert found.peak >= true
-    if len(set(found.policies)) == 1 or not found.host:
-        assert found.peak == true
+    assert found.peak == truly(facts, asked, found)
     assert found == replace(solve(facts, asked, RATES, budget), frame=found.frame)
     if not found.fits:
         return
@@ -166,24 +220,6 @@ def test_budgets_are_kept_to_and_more_memory_is_never_slower(share, more, rows, 
     larger = solve(facts, asked, RATES, int(budget + more * (high - low) * rows))
     assert larger.fits
     assert larger.seconds <= found.seconds * (1 + 1e-9)
-
-
-def test_the_last_layers_that_move_are_there_until_they_are_wanted():
-    """Nothing pushes them out any more (`models.offload`)."""
-    facts, asked = model(*[LAYER] * 6), request()
-    frame = Frame(facts, asked, 1, RATES)
-    ways = frame.ways[0]
-    moved, kept = ways["offload_attention"].moved, ways["offload_attention"].kept
-    policies = (*["offload_attention"] * 3, *["keep"] * 3)
-    held = {moment.label: moment.activations for moment in frame.moments(policies)}
-    assert held["forward 2"] == 2 * kept + 2 * moved
-    assert held["forward 5"] == 3 * kept + 2 * moved + 2 * ways["keep"].kept
-    assert held["head"] == held["backward 5"] == 3 * kept + 2 * moved + 3 * ways["keep"].kept
-    assert held["backward 3"] == 3 * kept + 2 * moved + ways["keep"].kept
-    assert held["backward 2"] == 3 * kept + 2 * moved
-    assert held["backward 1"] == 2 * kept + 2 * moved
-    assert held["backward 0"] == kept + moved
-    assert frame.peak(policies) >= peak_bytes(facts, frame.work, policies, accumulates=False)
 
 
 def test_lean_layers_come_first_and_those_that_move_before_them():
@@ -257,3 +293,64 @@ def test_eighty_layers_take_less_than_a_second():
         started = time.process_time()
         assert solve(facts, asked, RATES, int(low + share * (high - low))).fits
         assert time.process_time() - started < 1.0
+
+
+def table_of(facts: ModelFacts, asked: PlanRequest) -> int:
+    """Bytes of the input embedding."""
+    return facts.vocabulary * facts.hidden * asked.work.itemsize
+
+
+def test_the_embedding_on_the_host_frees_its_bytes_and_costs_its_rows():
+    facts, asked = MODELS["alike"], request(tokens=3000)
+    device, host = (
+        solve(facts, replace(asked, embedding=place, policy="keep"), RATES, 2**40)
+        for place in ("device", "host")
+    )
+    assert device.peak - host.peak == host.host == table_of(facts, asked)
+    assert not device.frame.work.host_embedding
+    assert host.frame.work.host_embedding
+    read = 3000 * facts.hidden * 2 / RATES.host_link
+    assert host.seconds - device.seconds == pytest.approx(read, rel=1e-9)
+    assert truly(facts, asked, host) == host.peak
+
+
+def test_the_embedding_leaves_where_its_room_makes_a_step_faster():
+    """One layout is faster by more than the rows take, and fits into the room of the embedding alone."""
+    facts, asked = replace(MODELS["alike"], vocabulary=256_000), request()
+    low, high = spread(facts, asked)
+    budget = (low + high) // 2
+    stays = solve(facts, asked, RATES, budget)
+    found = solve(facts, replace(asked, embedding="auto"), RATES, budget)
+    assert found.frame.work.host_embedding
+    assert found.seconds < stays.seconds
+    assert found.host >= table_of(facts, asked)
+    assert found.fits
+
+
+def test_the_embedding_stays_where_it_may_or_should():
+    facts, asked = MODELS["alike"], request(embedding="auto")
+    low, high = spread(facts, asked)
+    table = table_of(facts, asked)
+    assert not solve(facts, asked, RATES, high).frame.work.host_embedding, "everything fits"
+    half = (low + high) // 2
+    little = replace(asked, host_bytes=table - 1)
+    assert not solve(facts, little, RATES, half).frame.work.host_embedding, "the host has no room"
+    for other in (replace(facts, tied=True), replace(facts, unfused="a reason")):
+        found = solve(other, asked, RATES, low)
+        assert not found.frame.work.host_embedding
+    full = request(work=WORKS["full"], embedding="auto")
+    assert not solve(facts, full, RATES, half).frame.work.host_embedding
+
+
+def test_what_fits_with_the_embedding_on_the_host_alone_fits():
+    facts, asked = MODELS["alike"], request(embedding="auto")
+    low, _ = spread(facts, asked)
+    budget = low - table_of(facts, asked) // 2
+    assert not solve(facts, replace(asked, embedding="device"), RATES, budget).fits
+    found = solve(facts, asked, RATES, budget)
+    assert found.fits
+    assert found.frame.work.host_embedding
+    # where nothing fits the leanest of all is named
+    least = solve(facts, asked, RATES, 0)
+    assert not least.fits
+    assert least.frame.work.host_embedding

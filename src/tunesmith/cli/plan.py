@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.text import Text
 from tunesmith.cli.plan_page import check_picture, draw_picture
 from tunesmith.cli.plan_words import (
     ALTERNATIVE_HEADS,
+    NOTHING_NEAR,
     alternative_rows,
     gib,
     model_lines,
@@ -31,6 +33,8 @@ from tunesmith.planning.plan import Alternative
 _BAR = 40
 _NAME = 12
 """Columns of a line's name."""
+_LEAST_NAME = 18
+"""Columns that the name of a choice has on a narrow terminal."""
 
 
 def plan_and_print(
@@ -83,6 +87,13 @@ def as_object(run: PlannedRun) -> dict[str, Any]:
             "config_from": run.config_from,
             "unfused": facts.unfused or None,
         },
+        "card": {
+            "name": run.card.name,
+            "memory_bytes": run.card.memory_bytes,
+            "figures_from": run.card.source,
+            "estimated": run.card.estimated,
+            "computes_in": run.computes,
+        },
         "request": asdict(run.request),
         "plan": asdict(plan),
         "seconds_of_1000_steps": 1000 * plan.step_seconds,
@@ -97,18 +108,22 @@ def _print(run: PlannedRun, run_file: str, why_card: str, console: Console) -> N
     console.print(Text("\nmemory in GiB, each part at its most", "bold"))
     largest = max((size for _, size in parts_of(plan)), default=1)
     for name, size in parts_of(plan):
-        line = Text(f"  {name:<{_NAME}}{gib(size):>8}  ")
-        line.append("█" * round(_BAR * size / largest), "green3" if plan.fits else "yellow")
+        line = Text(f"  {name:<{_NAME}}{gib(size):>8}")
+        if bar := "█" * round(_BAR * size / largest):
+            line.append(f"  {bar}", "green3" if plan.fits else "yellow")
         console.print(line, soft_wrap=True)
     console.print()
     _print_lines(console, plan_lines(run))
-    console.print(Text(f"\n{verdict(plan)}", "bold green" if plan.fits else "bold red"), soft_wrap=True)
+    one_line = not console.is_terminal
+    console.print(Text(f"\n{verdict(run)}", "bold green" if plan.fits else "bold red"), soft_wrap=one_line)
     _print_alternatives(console, "nearest settings that fit", run, plan.nearest)
+    if not plan.fits and not plan.nearest:
+        console.print(Text(NOTHING_NEAR), soft_wrap=one_line)
     _print_alternatives(console, "what would change", run, plan.alternatives)
     if run.notes:
         console.print()
     for note in run.notes:
-        console.print(Text(f"note: {note}", "dim"), soft_wrap=not console.is_terminal)
+        console.print(Text(f"note: {note}", "dim"), soft_wrap=one_line)
 
 
 def _print_lines(console: Console, lines: Mapping[str, str]) -> None:
@@ -133,13 +148,17 @@ def _print_alternatives(
         return
     rows = list(alternative_rows(run, alternatives))
     table = [(title, *ALTERNATIVE_HEADS[1:]), *(cells for cells, _ in rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(ALTERNATIVE_HEADS))]
+    first, *widths = (max(len(row[column]) for row in table) for column in range(len(ALTERNATIVE_HEADS)))
+    if console.is_terminal:  # where names are too long they go on in the next line
+        first = min(first, max(_LEAST_NAME, console.width - sum(width + 2 for width in widths)))
     console.print()
     for number, (cells, settings) in enumerate([(table[0], ""), *rows]):
-        first, *others = zip(cells, widths, strict=True)
-        line = Text(f"{first[0]:<{first[1]}}", "bold" if number == 0 else "")
-        for cell, width in others:
+        name, *more = textwrap.wrap(cells[0], first)
+        line = Text(f"{name:<{first}}", "bold" if number == 0 else "")
+        for cell, width in zip(cells[1:], widths, strict=True):
             line.append(f"  {cell:>{width}}", "dim" if number == 0 else "not bold")
         console.print(line, soft_wrap=True)
+        for rest in more:
+            console.print(Text(rest, "bold" if number == 0 else ""), soft_wrap=True)
         if settings:
             console.print(Text(f"  {settings}", "dim"), soft_wrap=True)

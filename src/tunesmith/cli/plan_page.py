@@ -8,6 +8,7 @@ from pathlib import Path
 from tunesmith.cli.plan_picture import COLORS, draw_png, layers_of, memory_svg
 from tunesmith.cli.plan_words import (
     ALTERNATIVE_HEADS,
+    NOTHING_NEAR,
     alternative_rows,
     gib,
     model_lines,
@@ -70,7 +71,7 @@ def _page(run: PlannedRun, why_card: str) -> str:
     }
     parts = [
         f"<h1>Plan: {escape(run.facts.name)} on {escape(run.card.name)}</h1>",
-        f'<p class="verdict{" clean" if plan.fits else ""}">{escape(verdict(plan))}</p>',
+        f'<p class="verdict{" clean" if plan.fits else ""}">{escape(verdict(run))}</p>',
         tiles(figures),
         f"<h2>{escape('Memory over one micro-batch')}</h2>",
         f'<figure class="chart">{memory_svg(run)}</figure>',
@@ -80,6 +81,7 @@ def _page(run: PlannedRun, why_card: str) -> str:
         "<h2>Parts, each at its most</h2>",
         names_and_values({name: f"{gib(size)} GiB" for name, size in parts_of(plan)}),
         _table(run, "Nearest settings that fit", plan.nearest),
+        "" if plan.fits or plan.nearest else f"<p>{escape(NOTHING_NEAR)}</p>",
         _table(run, "What would change", plan.alternatives),
         *(f'<p class="faint">{escape(note)}</p>' for note in run.notes),
     ]

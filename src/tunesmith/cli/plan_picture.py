@@ -83,20 +83,22 @@ def memory_svg(run: PlannedRun) -> str:
         points = " ".join(f"{left:.1f},{high:.1f}" for left, high in edge)
         drawn.append(f'<polygon fill="{COLORS[name]}" points="{points}"/>')
         below = above
-    budget = y(plan.budget_bytes / _GIB)
-    drawn.append(
-        f'<line class="limit" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{budget:.1f}" y2="{budget:.1f}"/>'
-    )
-    drawn.append(
-        f'<text class="limit" style="text-anchor:end" x="{_WIDTH - _RIGHT}" y="{budget - 5:.1f}">'
-        f"{gib(plan.budget_bytes)} GiB may be used</text>"
-    )
+    drawn += _limit(plan.budget_bytes, y(plan.budget_bytes / _GIB))
     drawn += _phase_names(plan, x)
     drawn += _spots(plan, x)
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(_title(run))}">{"".join(drawn)}'
         f'<text class="unit" style="text-anchor:start" x="4" y="12">GiB</text></svg>'
     )
+
+
+def _limit(budget: int, high: float) -> Iterator[str]:
+    """The budget as a line with its size, each on a ground of paper: where a plan does not fit they lie on areas."""
+    ends = f'x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{high:.1f}" y2="{high:.1f}"'
+    yield f'<line style="stroke:var(--paper);stroke-width:3" {ends}/><line class="limit" {ends}/>'
+    ground = "text-anchor:end;stroke:var(--paper);stroke-width:4px;paint-order:stroke;font-weight:600"
+    words = f"{gib(budget)} GiB may be used"
+    yield f'<text class="limit" style="{ground}" x="{_WIDTH - _RIGHT}" y="{high - 6:.1f}">{words}</text>'
 
 
 def _phase_names(plan: Plan, x: Callable[[float], float]) -> Iterator[str]:
@@ -141,10 +143,13 @@ def draw_png(run: PlannedRun, file: Path) -> None:
         labels=[name for name, _ in layers],
     )
     budget = plan.budget_bytes / _GIB
+    # on a ground of paper: where a plan does not fit they lie on areas
+    axes.axhline(budget, color="white", linewidth=3)
     axes.axhline(budget, color="#c03030", linestyle="--", linewidth=1.2)
-    axes.text(
-        moments, budget, f"{gib(plan.budget_bytes)} GiB may be used ",
+    axes.annotate(
+        f"{gib(plan.budget_bytes)} GiB may be used", (moments, budget), (-3, 4), textcoords="offset points",
         color="#c03030", ha="right", va="bottom", fontsize="small",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
     )  # fmt: skip
     begins = [(first, name) for name, first, behind in phases(plan) if behind - first > 1]
     axes.set_xticks([first for first, _ in begins], [name for _, name in begins], ha="left", fontsize="small")

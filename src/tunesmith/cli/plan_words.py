@@ -8,6 +8,7 @@ from tunesmith.config.plan_run import PlannedRun
 from tunesmith.contracts.plural import counted
 from tunesmith.contracts.visible import visible
 from tunesmith.planning.facts import trained_parameters
+from tunesmith.planning.fit import USABLE_HOST
 from tunesmith.planning.plan import PARTS, Alternative, Plan, Summary
 
 _GIB = 2**30
@@ -45,12 +46,12 @@ def model_lines(run: PlannedRun, why_card: str) -> dict[str, str]:
     else:
         what = f"LoRA of rank {work.rank}: {trained} parameters{held}"
     card = run.card
-    reached = "estimated from its data sheet" if card.estimated else "speeds measured on such a card"
+    reached = f"speeds {'estimated from its data sheet' if card.estimated else 'measured on such a card'}"
     rows = f"{counted(request.rows, 'row')} of {sum(work.documents):,} tokens a step"
     return {
         "model": f"{visible(facts.name)}: {_parameters(facts.parameters)} parameters in "
         f"{counted(len(facts.layers), 'layer')} ({facts.model_type}, from {run.config_from})",
-        "trains": f"{what}, with {work.optimizer}",
+        "trains": f"{what}, computed in {run.computes}, with {work.optimizer}",
         "card": f"{card.name}, {card.gib:.1f} GiB, {reached}" + (f" ({why_card})" if why_card else ""),
         "batch": rows,
     }
@@ -65,12 +66,21 @@ def plan_lines(run: PlannedRun) -> dict[str, str]:
         "micro-batch": f"{counted(plan.micro_batch_rows, 'row')}, {plan.tokens:,} tokens; "
         f"{counted(passes, 'micro-batch', 'micro-batches')} a step",
         "layers": plan.layout,
+        "embedding": "in host memory" if plan.embedding == "host" else "",
         "chunks": chunks,
-        "host memory": f"{gib(plan.host_bytes)} GiB pinned" if plan.host_bytes else "",
+        "host memory": _pinned(plan, request.host_bytes),
         "step": f"{span(plan.step_seconds)}, {plan.tokens_per_second:,.0f} tokens/s",
         "run": _length(plan, request.steps),
     }
     return {name: text for name, text in lines.items() if text}
+
+
+def _pinned(plan: Plan, host_bytes: int | None) -> str:
+    """Pinned memory of the host, and what it asks of a machine that is not this one; empty where there is none."""
+    if not plan.host_bytes:
+        return ""
+    needs = f", of a machine with at least {gib(plan.host_bytes / USABLE_HOST)} GiB free"
+    return f"{gib(plan.host_bytes)} GiB pinned{needs if host_bytes is None else ''}"
 
 
 def _length(plan: Plan, steps: int | None) -> str:
@@ -80,10 +90,16 @@ def _length(plan: Plan, steps: int | None) -> str:
     return f"{span(1000 * plan.step_seconds)} for each 1,000 steps; train.steps says how many there are"
 
 
-def verdict(plan: Plan) -> str:
+def verdict(run: PlannedRun) -> str:
     """Whether it fits, in a sentence."""
+    plan, host = run.plan, run.request.host_bytes
     if plan.fits:
         return f"It fits: at most {gib(plan.peak_bytes)} of {gib(plan.budget_bytes)} GiB."
+    if not plan.missing_bytes and host is not None:
+        return (
+            f"It does not fit: {gib(plan.host_bytes)} GiB of host memory would be pinned, and {gib(host)} may be, "
+            "half of what is free."
+        )
     return (
         f"It does not fit: {gib(plan.peak_bytes)} GiB are needed and {gib(plan.budget_bytes)} may be used; "
         f"{gib(plan.missing_bytes)} GiB are missing."
@@ -96,6 +112,12 @@ def parts_of(plan: Plan) -> Iterator[tuple[str, int]]:
         if plan.parts.get(name):
             yield name, plan.parts[name]
 
+
+NOTHING_NEAR = (
+    "Nothing near fits: no two settings changed at once, and no other card alone. A smaller model may, or more "
+    "changes together, such as QLoRA on a larger card."
+)
+"""In place of settings that fit, where there are none."""
 
 ALTERNATIVE_HEADS = ("", "fits", "micro-batch", "peak GiB", "tokens/s", "step")
 
@@ -110,7 +132,8 @@ def alternative_rows(
 
 
 def _cells(summary: Summary) -> tuple[str, ...]:
-    fits = "yes" if summary.fits else f"{gib(summary.missing_bytes)} GiB missing"
+    missing = f"{gib(summary.missing_bytes)} GiB missing" if summary.missing_bytes else "lacks host memory"
+    fits = "yes" if summary.fits else missing
     return (
         fits,
         counted(summary.micro_batch_rows, "row"),

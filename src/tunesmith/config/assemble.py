@@ -15,9 +15,10 @@ import torch
 
 from tunesmith.config.cadence import count_steps, make_cadence
 from tunesmith.config.check_card import check_card
-from tunesmith.config.fit_run import Planned, planned_here, replanner_of
+from tunesmith.config.fall_back import replanner_of
+from tunesmith.config.fit_run import Planned, place_embedding, planned_here
 from tunesmith.config.make_model import NewTokens, make_model, position_warnings
-from tunesmith.config.prepare_data import PreparedData, Progress, batch_plan, prepare_data
+from tunesmith.config.prepare_data import PreparedData, Progress, prepare_data
 from tunesmith.config.samples import make_sampler
 from tunesmith.contracts.errors import UserError
 from tunesmith.data.remote import Tell
@@ -162,7 +163,8 @@ def _record(
         raise UserError(f"train.cuda_graphs: always is not possible here: {reason}.", hint="Set it to auto.")
     if reason is None and wanted == "auto":
         assert installed is not None
-        if not graphs_pay(tokens=fit.tokens, layer_parameters=installed.layer_parameters()):
+        full, parameters = settings.adapter.kind == "none", installed.layer_parameters()
+        if not graphs_pay(tokens=fit.tokens, layer_parameters=parameters, full=full):
             reason = "the model keeps the GPU busy without"
         elif 2 * (fit.bytes_per_token * fit.tokens + _gradient_bytes(installed)) > USABLE * _free_bytes(
             backend.device
@@ -337,22 +339,22 @@ def assemble(
         with backend.autocast():
             check_packing(causal)
         planned = planned_here(settings, causal, data, installed)
+        if planned is None:
+            place_embedding(settings, causal, installed)
         fit = planned.fit() if planned is not None else _fit(settings, causal, backend, data, installed)
         no_graphs = _record(settings, backend, installed, fit)
     trainer = Trainer(
         backend=backend,
         loss=ObjectiveLoss(causal, OBJECTIVES[settings.objective.kind]),
+        feed=data.feed,
         corpus=data.corpus,
-        train_N=data.train_N,
         held_out_N=data.held_out_N,
-        plan=batch_plan(settings),
         grouping=MicroBatching(train.micro_batch if isinstance(train.micro_batch, int) else None, fit.tokens),
         schedule=_schedule(settings, total_steps),
         cadence=cadence,
         store=store,
         identity=_identity(settings, data, causal),
         run_dir=run_dir,
-        feed=data.feed,
         gauges=_gauges(settings),
         replanner=replanner_of(settings, causal, backend, planned, fit.policy),
         forecast=planned.forecast() if planned is not None and no_graphs is not None else None,

@@ -14,26 +14,27 @@ from typing import Any
 import psutil
 import torch
 
+from tunesmith.config.plan_run import embedding_error
 from tunesmith.config.prepare_data import PreparedData
-from tunesmith.contracts.errors import UserError
+from tunesmith.contracts.errors import UserError, first_line
 from tunesmith.data.cache import cache_folder
 from tunesmith.data.feed import TableFeed
-from tunesmith.distributed.single import SingleDevice
-from tunesmith.models.calibrate import calibrate
+from tunesmith.models.calibrate import Calibration, calibrate
 from tunesmith.models.head import CausalModel
+from tunesmith.models.host_embedding import NotMovableError, reason_to_stay
 from tunesmith.models.install import Installed
 from tunesmith.models.offload import Offloader
 from tunesmith.planning.bytes import Fixed, fixed_bytes
 from tunesmith.planning.cards import CARDS, Card, Rates, find_card
 from tunesmith.planning.facts import ModelFacts, Work
-from tunesmith.planning.fit import STATE_BYTES, USABLE_HOST, Fit
+from tunesmith.planning.fit import STATE_BYTES, Fit, pinnable
 from tunesmith.planning.plan import Plan, PlanRequest, plan_of
 from tunesmith.planning.read_facts import read_facts
 from tunesmith.planning.solver import Solution, solve
 from tunesmith.settings.quantities import share_or_bytes, tokens_of
 from tunesmith.settings.run import RunSettings
 from tunesmith.training.foresight import Forecast
-from tunesmith.training.replan import Leaner, Replanner
+from tunesmith.training.replan import Leaner
 
 CONTEXT = 2**30
 """Bytes that CUDA and its libraries may take beside what torch allocates; the budget leaves room for them."""
@@ -171,6 +172,7 @@ class Planned:
         budget: bytes that the layout in use was allowed.
         solution: the layout in use.
         installed: the layers that follow it.
+        note: one sentence on rates that could not be measured, else empty.
     """
 
     facts: ModelFacts
@@ -180,6 +182,7 @@ class Planned:
     budget: int
     solution: Solution
     installed: Installed
+    note: str = ""
 
     @property
     def plan(self) -> Plan:
@@ -200,6 +203,8 @@ class Planned:
 
     def warnings(self) -> Iterator[str]:
         """What a person should know before the run starts."""
+        if self.note:
+            yield self.note
         plan = self.plan
         if not plan.fits:
             yield (
@@ -216,8 +221,16 @@ class Planned:
             self.follow()
 
     def follow(self) -> None:
-        """Have the layers keep what the layout says."""
+        """Have the layers keep what the layout says, and the input embedding lie where it says."""
         self.installed.set_policies(self.solution.policies)
+        try:
+            self.installed.set_embedding_on_host(self.solution.frame.work.host_embedding)
+        except RuntimeError as error:  # the host has no more to pin
+            if self.request.embedding == "host":
+                raise embedding_error(first_line(error)) from None
+            self.request = replace(self.request, embedding="device")
+            self.solution = self._solve(self.solution.rows, self.budget)
+            self.installed.set_policies(self.solution.policies)
 
     def down(self, largest: int, longest: int) -> Leaner | None:
         """Smaller by `LESS` of what a step makes, with other policies where they are left to the plan, then with half
@@ -248,32 +261,6 @@ class Planned:
         return Leaner(f"layers {self.plan.layout} and micro-batches of {rows} row{'s' * (rows > 1)}")
 
 
-@dataclass
-class Measured:
-    """Leaner layouts where nothing is planned: layers recomputed, then micro-batches of half the size.
-
-    Attributes:
-        policy: in use; fixed: whether it, micro_batch: whether the micro-batch is the user's.
-        recompute: has the layers recomputed.
-    """
-
-    policy: str
-    fixed_policy: bool
-    fixed_micro_batch: bool
-    recompute: Callable[[], None]
-
-    def down(self, largest: int, longest: int) -> Leaner | None:
-        """Recompute, then halve."""
-        if not self.fixed_policy and self.policy not in ("recompute", "offload"):
-            self.policy = "recompute"
-            self.recompute()
-            return Leaner("all layers recomputed in backward")
-        if not self.fixed_micro_batch and largest > longest:
-            tokens = max(longest, largest // 2)
-            return Leaner(f"micro-batches of up to {tokens:,} tokens", tokens)
-        return None
-
-
 def plan_fit(
     settings: RunSettings,
     causal: CausalModel,
@@ -283,7 +270,7 @@ def plan_fit(
     card: Card,
     room: Room,
     host_bytes: int,
-    rates: Callable[[ModelFacts, Work], Rates],
+    rates: Callable[[ModelFacts, Work], Calibration],
 ) -> Planned | None:
     """Plan a run on the card that it is on, None where the planner cannot count its model.
 
@@ -291,13 +278,16 @@ def plan_fit(
         card: most like it in the table.
         room: of the device.
         host_bytes: memory of the host that is free.
-        rates: of the card, for the model and a row.
+        rates: of the card, for the model and a row, and what is to be said of them.
     """
     facts = facts_of(causal, installed, settings.model.name)
     if facts is None:
         return None
     work = work_of(settings, causal, installed, data)
     train = settings.train
+    reason = reason_to_stay(causal.model)
+    if reason is not None and settings.memory.embedding == "host":
+        raise embedding_error(reason)
     tokens = tokens_of(train.global_batch)
     rows = -(-tokens // work.tokens) if tokens is not None else int(train.global_batch)
     request = PlanRequest(
@@ -306,27 +296,28 @@ def plan_fit(
         rows=max(1, rows),
         micro_batch=train.micro_batch if isinstance(train.micro_batch, int) else None,
         policy=settings.memory.policy,
+        embedding=settings.memory.embedding if reason is None else "device",
         budget=share_or_bytes(settings.memory.budget),
-        host_bytes=int(USABLE_HOST * host_bytes),
+        host_bytes=pinnable(host_bytes),
     )
     reached, budget = rates(facts, work), room.budget(request.budget)
     beside = beside_bytes(causal, work, fixed_bytes(facts, work), room.allocated)
-    solution = solve(facts, request, reached, budget, beside=beside)
-    planned = Planned(facts, request, reached, beside, budget, solution, installed)
+    solution = solve(facts, request, reached.rates, budget, beside=beside)
+    planned = Planned(facts, request, reached.rates, beside, budget, solution, installed, note=reached.note)
     planned.follow()
     return planned
 
 
-def rates_of(card: Card, causal: CausalModel) -> Callable[[ModelFacts, Work], Rates]:
+def rates_of(card: Card, causal: CausalModel) -> Callable[[ModelFacts, Work], Calibration]:
     """What the card reaches: the table's figures where steps were measured on one, else measured now."""
 
-    def rates(facts: ModelFacts, work: Work) -> Rates:
+    def rates(facts: ModelFacts, work: Work) -> Calibration:
         if not card.estimated:
-            return card.rates()
+            return Calibration(card.rates())
         kinds = list(facts.layers)
         usual = max(kinds, key=kinds.count)
         folder, dtype = cache_folder("calibration"), causal.compute_dtype
-        return calibrate(usual, work, card.rates(), causal.device, dtype, memory=folder).rates
+        return calibrate(usual, work, card.rates(), causal.device, dtype, memory=folder)
 
     return rates
 
@@ -350,26 +341,19 @@ def planned_here(
     )
 
 
-def replanner_of(
-    settings: RunSettings, causal: CausalModel, backend: SingleDevice, planned: Planned | None, policy: str
-) -> Replanner:
-    """What makes a step again that runs out of memory.
+def place_embedding(settings: RunSettings, causal: CausalModel, installed: Installed | None) -> None:
+    """Move the input embedding to the host where that is asked for and no plan does it.
 
-    Args:
-        policy: of all layers, where nothing is planned.
+    Raises:
+        UserError: it cannot lie there.
     """
-    if settings.memory.on_oom == "stop":
-        return Replanner(backend, None)
-    if planned is not None:
-        return Replanner(backend, planned)
-
-    def recompute() -> None:
-        causal.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-    ladder = Measured(
-        policy,
-        fixed_policy=settings.memory.policy != "auto",
-        fixed_micro_batch=settings.train.micro_batch != "auto",
-        recompute=recompute,
-    )
-    return Replanner(backend, ladder)
+    if settings.memory.embedding != "host":
+        return
+    if causal.device.type != "cuda":
+        raise embedding_error("this run is on a CPU")
+    if installed is None or not installed.fused:
+        raise embedding_error("layers are not fused")
+    try:
+        installed.set_embedding_on_host(True)
+    except (NotMovableError, RuntimeError) as error:
+        raise embedding_error(first_line(error)) from None

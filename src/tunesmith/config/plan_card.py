@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tunesmith.config.doctor_row import ask_nvidia_smi
+from tunesmith.config.nvidia_smi import ask_nvidia_smi
 from tunesmith.contracts.errors import UserError
 from tunesmith.planning.cards import CARDS, Card, find_card
-from tunesmith.planning.fit import USABLE_HOST
+from tunesmith.planning.fit import pinnable
 
 USUAL = "H100-80GB"
 """Where nothing is named and no GPU is here."""
@@ -51,4 +51,4 @@ def choose_card(gpu: str | None) -> ChosenCard:
         ) from None
     import psutil
 
-    return ChosenCard(card, "this machine's", int(USABLE_HOST * psutil.virtual_memory().available))
+    return ChosenCard(card, "this machine's", pinnable(psutil.virtual_memory().available))

@@ -54,11 +54,19 @@ def find_config(name: str, revision: str | None = None) -> FoundConfig:
 def _read(file: Path, name: str) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.name: the config.json of {name} cannot be read: {error}.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"model.name: the config.json of {name} holds no names and values.")
-    return values
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+    except UnicodeDecodeError:
+        reason = "it is no text in UTF-8"
+    except json.JSONDecodeError as error:
+        reason = f"it is no JSON, from line {error.lineno}, column {error.colno} on"
+    except (RecursionError, ValueError):  # brackets without end, a number of thousands of digits
+        reason = "it is no JSON that a model has"
+    else:
+        if isinstance(values, dict):
+            return values
+        reason = "it holds no names and values"
+    raise UserError(f"model.name: the config.json of {name} cannot be read: {reason}.")
 
 
 def cached_config(name: str, revision: str | None) -> Path | None:

@@ -5,18 +5,24 @@ Torch-free: neither weights nor data nor a GPU are needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tunesmith.config.plan_adapter import Adapted, adapted_groups
 from tunesmith.config.plan_model import FoundConfig, find_config
+from tunesmith.contracts.errors import UserError
+from tunesmith.contracts.visible import visible
 from tunesmith.planning.cards import Card
-from tunesmith.planning.facts import ModelFacts, Work
+from tunesmith.planning.facts import ModelFacts, Work, embedding_stays
 from tunesmith.planning.fit import ROUNDING, fits_in_float32
 from tunesmith.planning.plan import Plan, PlanRequest, make_plan
 from tunesmith.planning.read_facts import read_facts
 from tunesmith.settings.quantities import share_or_bytes, tokens_of
 from tunesmith.settings.run import RunSettings
+
+BFLOAT16 = (8, 0)
+"""The compute capability from which on a card has bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +33,7 @@ class PlannedRun:
         facts: of the model.
         config_from: where its `config.json` is from.
         card: that it is planned for.
+        computes: the type that everything is computed in.
         request: what the planner was asked.
         plan: what it answered.
         notes: what the plan takes for granted, and what of the run it does not know, in sentences.
@@ -35,6 +42,7 @@ class PlannedRun:
     facts: ModelFacts
     config_from: str
     card: Card
+    computes: str
     request: PlanRequest
     plan: Plan
     notes: tuple[str, ...]
@@ -57,13 +65,27 @@ def plan_run(settings: RunSettings, card: Card, host_bytes: int | None = None) -
     facts = replace(facts, unfused=facts.unfused or _unfused(settings, quantize))
     adapted = adapted_groups(settings.adapter, facts)
     request = make_request(settings, facts, card, adapted, quantize=quantize, host_bytes=host_bytes)
+    if request.embedding == "host" and (reason := embedding_stays(facts, request.work)):
+        raise embedding_error(reason)
     return PlannedRun(
         facts=facts,
         config_from=found.where,
         card=card,
+        computes=_computes(settings, card),
         request=request,
         plan=make_plan(facts, request),
-        notes=tuple(_notes(settings, facts, adapted)),
+        notes=(
+            *_notes(settings, facts, adapted),
+            *_notes_of_weights(facts, _published_as(found), quantize),
+            *_notes_of_card(settings, card, request),
+        ),
+    )
+
+
+def embedding_error(reason: str) -> UserError:
+    """The input embedding is asked to lie where it cannot."""
+    return UserError(
+        f"memory.embedding: host is not possible: {reason}.", hint="Leave memory.embedding at auto."
     )
 
 
@@ -102,6 +124,7 @@ def make_request(
         steps=_steps(settings, rows * length),
         micro_batch=train.micro_batch if isinstance(train.micro_batch, int) else None,
         policy=settings.memory.policy,
+        embedding=settings.memory.embedding,
         budget=share_or_bytes(settings.memory.budget),
         host_bytes=host_bytes,
     )
@@ -116,10 +139,17 @@ def _steps(settings: RunSettings, step_tokens: int) -> int | None:
     return steps if isinstance(steps, int) else None
 
 
+def _computes(settings: RunSettings, card: Card) -> str:
+    """The compute type, as `models.loader.choose_dtype` has it."""
+    if settings.model.dtype != "auto":
+        return settings.model.dtype
+    return "bfloat16" if card.capability >= BFLOAT16 else "float16"
+
+
 def _trained_itemsize(settings: RunSettings, facts: ModelFacts, card: Card) -> int:
     """Bytes of a trained parameter, as `config.make_model.weights_dtype` decides for full fine-tuning."""
     model, optimizer = settings.model, settings.train.optimizer
-    if settings.adapter.kind != "none" or optimizer not in ROUNDING or card.capability < (8, 0):
+    if settings.adapter.kind != "none" or optimizer not in ROUNDING or card.capability < BFLOAT16:
         return 4
     if model.dtype != "auto":
         return 2 if model.dtype == "bfloat16" else 4
@@ -131,12 +161,16 @@ def _trained_itemsize(settings: RunSettings, facts: ModelFacts, card: Card) -> i
 
 def _held_as(found: FoundConfig) -> str:
     """How a checkpoint that was quantised before it was published holds its weights."""
-    held = found.values.get("quantization_config")
-    if not isinstance(held, dict):
-        return "none"
+    held = _published_as(found)
     if held.get("load_in_4bit") or held.get("_load_in_4bit"):
         return "nf4"
     return "int8" if held.get("load_in_8bit") or held.get("_load_in_8bit") else "none"
+
+
+def _published_as(found: FoundConfig) -> Mapping[str, Any]:
+    """What a config says of weights that were quantised before they were published."""
+    held = found.values.get("quantization_config")
+    return held if isinstance(held, dict) else {}
 
 
 def _unfused(settings: RunSettings, quantize: str) -> str:
@@ -174,3 +208,35 @@ def _notes(settings: RunSettings, facts: ModelFacts, adapted: Adapted) -> Iterat
             yield f"What adapter.{name} trains besides is not counted; it takes memory of its own."
     if not adapted.rank and settings.model.freeze:
         yield "model.freeze is not counted: all weights are taken to train."
+
+
+def _notes_of_weights(facts: ModelFacts, published: Mapping[str, Any], quantize: str) -> Iterator[str]:
+    """What the plan does not know of how weights are held."""
+    method = published.get("quant_method")
+    if published and quantize == "none":
+        yield (
+            f"Its weights are published in {visible(str(method))} and counted in 16 bits: what a run makes of them "
+            "is not known here."
+        )
+    if any(layer.idle_parameters for layer in facts.layers):
+        yield (
+            "Of its experts those that one token meets are counted as a layer, and the others as weights in 16 bits. "
+            "A run takes more where model.quantize leaves all of them in 16 bits, and where all carry adapters."
+        )
+
+
+def _notes_of_card(settings: RunSettings, card: Card, request: PlanRequest) -> Iterator[str]:
+    """What of the card is other than a run might expect."""
+    if card.capability < BFLOAT16 and settings.model.dtype == "auto":
+        yield f"{card.name} has no bfloat16: the run computes in float16, with a loss scale."
+    elif card.capability < BFLOAT16 and settings.model.dtype == "bfloat16":
+        yield (
+            f"{card.name} has no bfloat16, and model.dtype asks for it: steps are much slower than planned; "
+            "auto takes float16."
+        )
+    if request.budget > card.memory_bytes:
+        asked, there = request.budget / 2**30, card.memory_bytes / 2**30
+        yield (
+            f"memory.budget is {asked:,.1f} GiB, and the card has {there:.1f}: all of it is planned with, and "
+            "nothing is left for the driver and for gaps between allocations."
+        )

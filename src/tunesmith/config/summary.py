@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.config.run_report import REPORT_COLUMN
 from tunesmith.contracts.plural import counted
 from tunesmith.data.feed import TableFeed
 from tunesmith.data.proof import REASON as PREFIX
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from tunesmith.settings.model import AdapterSettings
 
 
-def _show(console: Console, rows: Sequence[tuple[str, str | Text]], *, whole_lines: bool = False) -> None:
-    """Names and values in two columns.
+def _show(
+    console: Console, rows: Sequence[tuple[str, str | Text]], *, whole_lines: bool = False, width: int = 0
+) -> None:
+    """Names and values in two columns, the first at least `width` wide where lines are whole.
 
     A terminal gets the values wrapped inside their column; a log, and with `whole_lines` the terminal too,
     gets every line whole, so that a path can be copied or searched for.
@@ -36,7 +39,7 @@ def _show(console: Console, rows: Sequence[tuple[str, str | Text]], *, whole_lin
             grid.add_row(name, value)
         console.print(grid, highlight=False)
         return
-    width = max((len(name) for name, _ in texts), default=0)
+    width = max(width, *(len(name) for name, _ in texts), 0)
     for name, value in texts:
         label = name
         for line in value.split("\n", allow_blank=True):
@@ -72,7 +75,9 @@ def _model_line(run: Run) -> str:
     parameters = list(run.causal.model.named_parameters())
     trained = sum(p.numel() for _, p in parameters if p.requires_grad)
     added = trained if settings.adapter.kind == "lora" else 0
-    everything = run.causal.base.num_parameters() - added
+    # an embedding on the host is no parameter
+    moved = run.installed.embedding if run.installed is not None else None
+    everything = run.causal.base.num_parameters() - added + (moved.elements if moved is not None else 0)
     plain = str(run.causal.compute_dtype).removeprefix("torch.")
     held = {"nf4": "4-bit NF4", "int8": "8-bit integers"}.get(settings.model.quantize, plain)
     what = _adapter(settings.adapter) if settings.adapter.kind == "lora" else "all parameters"
@@ -168,7 +173,8 @@ def _strip(plan: Plan) -> str:
 
 def _foreseen(plan: Plan) -> str:
     """Memory and time by the plan."""
-    host = f", {plan.host_bytes / 2**30:.1f} GiB of the host" if plan.host_bytes else ""
+    with_embedding = " with the input embedding" if plan.embedding == "host" else ""
+    host = f", {plan.host_bytes / 2**30:.1f} GiB of the host{with_embedding}" if plan.host_bytes else ""
     return (
         f"foreseen: at most {plan.peak_bytes / 2**30:.1f} of {plan.budget_bytes / 2**30:.1f} GiB{host}; "
         f"{plan.step_seconds:.3g} s a step of full rows, {plan.tokens_per_second:,.0f} tokens/s"
@@ -193,10 +199,20 @@ def _group_lines(run: Run) -> list[str]:
     ]
 
 
+def _left_out(run: Run) -> list[tuple[str, str, str]]:
+    """What the targets of a fresh adapter name and it is not on, with the reasons."""
+    from tunesmith.models.adapter_targets import left_out_rows
+
+    adapter = run.settings.adapter
+    if adapter.kind == "none" or adapter.path is not None:
+        return []
+    return left_out_rows(run.causal.base, adapter.targets)
+
+
 def print_plan(console: Console, run: Run) -> None:
     """Say what will be trained, on what, and how."""
     notes = sorted({note for _, report in run.data.reports for note in report.notes})
-    layers = run.installed.table() if run.installed is not None else []
+    layers = [*_left_out(run), *(run.installed.table() if run.installed is not None else [])]
     _show(
         console,
         [
@@ -234,7 +250,7 @@ def _best_line(result: RunResult) -> str:
 
 
 def print_result(console: Console, result: RunResult) -> None:
-    """Say how it went and where everything lies."""
+    """Say how it went and where everything lies; the row of the report stands below (`run_report.reported`)."""
     console.print()
     rows: list[tuple[str, str | Text]] = []
     if result.first_eval is not None and result.last_eval is not None:
@@ -249,7 +265,9 @@ def print_result(console: Console, result: RunResult) -> None:
     if result.tokens:
         speed = result.tokens / result.seconds
         seconds = timedelta(seconds=round(result.seconds))
-        figures = f"{counted(result.steps, 'step')}, {counted(result.tokens, 'token')} in {seconds}"
+        before = result.steps - result.new_steps
+        steps = counted(result.new_steps, "step") + (f" after step {before:,}" if before else "")
+        figures = f"{steps}, {counted(result.tokens, 'token')} in {seconds}"
         rows.append(("training", f"{figures} ({speed:,.0f} tokens/s with evaluation and saving)"))
     if result.result is not None:
         rows.append((result.result.name, str(result.result)))
@@ -257,7 +275,11 @@ def print_result(console: Console, result: RunResult) -> None:
             rows.append(("", f"with the weights of step {result.result_step:,}, the best that was kept"))
     if result.loss_curve is not None:
         rows.append(("loss curve", str(result.loss_curve)))
-    _show(console, rows, whole_lines=True)
+    _show(console, rows, whole_lines=True, width=REPORT_COLUMN)
+
+
+def print_ending(console: Console, result: RunResult) -> None:
+    """Say why a run ended before its last step and how it goes on, and what is missing."""
     if result.loss_curve is None:
         console.print(
             "For a loss curve install matplotlib: pip install matplotlib", style="dim", markup=False

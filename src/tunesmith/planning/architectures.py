@@ -170,7 +170,12 @@ ARCHITECTURES: dict[str, Architecture] = {
             parallel=True,
             interleaved=True,
             paired_tables=True,
-            refused=((lambda c: bool(c.use_qk_norm), "it has layer norms on q and k"),),
+            refused=(
+                (
+                    lambda c: bool(c.use_qk_norm),
+                    "it has layer norms on q and k, with weights of its own for each head",
+                ),
+            ),
         ),
         Architecture(
             "cohere2",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from tunesmith.planning.facts import LayerFacts, ModelFacts, Work, trained_parameters
 from tunesmith.planning.fit import STATE_BYTES
@@ -99,11 +100,17 @@ def _layer_weights(layer: LayerFacts, work: Work) -> int:
     return total
 
 
+def table_bytes(model: ModelFacts, work: Work) -> int:
+    """The input embedding where it lies in host memory, 0 where it is on the device."""
+    return model.table_parameters * work.itemsize if work.host_embedding else 0
+
+
 def fixed_bytes(model: ModelFacts, work: Work) -> Fixed:
     """What training holds whatever the number of tokens."""
     held = work.trained_itemsize if work.full else work.itemsize
     weights = sum(_layer_weights(layer, work) for layer in model.layers)
     weights += (model.embedding_parameters + model.hidden + model.other_parameters) * held
+    weights -= table_bytes(model, work)
     trained = trained_parameters(model, work)
     one = trained * work.trained_itemsize
     return Fixed(weights, 0 if work.full else one, int(STATE_BYTES[work.optimizer] * trained), one)
@@ -134,6 +141,54 @@ def _inputs(model: ModelFacts, work: Work) -> int:
     return work.tokens * (7 * 8 + 2 * kinds * layer.rotary_dim * work.itemsize)
 
 
+@dataclass(frozen=True, slots=True)
+class OnDevice:
+    """Bytes on the device of what layers move to the host.
+
+    Attributes:
+        forward: while each layer runs forward, and at the end while the norm behind the layers does.
+        end: between the passes.
+        backward: while each layer runs backward.
+    """
+
+    forward: list[int]
+    end: int
+    backward: list[int]
+
+
+def on_device(moved: Sequence[int], embedded: int) -> OnDevice:
+    """What of the moved tensors is on the device at every moment, as `models.offload` has it.
+
+    A layer's tensors stay until `IN_FLIGHT` layers after it have run forward, whether those move anything or not;
+    what has not left by then stays until its layer goes backward. A layer that goes backward brings its own tensors
+    back, and at once those of the layer that moved before it, which stay from then on until their own turn.
+
+    Args:
+        moved: bytes that each layer moves, from the first to the last; 0 where it moves nothing.
+        embedded: bytes of the first layer's input. The model's own forward pass holds on to them until it ends,
+            though the layer has moved them.
+    """
+    count, sums = len(moved), [0, *accumulate(moved)]
+    forward = [sums[number] - sums[max(0, number - IN_FLIGHT)] for number in range(count + 1)]
+    end = forward[-1]
+    if moved[0]:
+        forward = [held + embedded * (number > IN_FLIGHT) for number, held in enumerate(forward)]
+    moving = [number for number, size in enumerate(moved) if size]
+    there = {number for number in moving if number >= count - IN_FLIGHT}
+    backward, held = [0] * count, end
+    for number in reversed(range(count)):
+        if moved[number]:
+            coming = set(moving[-2:]) - there
+            held += sum(moved[one] for one in coming)
+            there |= coming
+            moving.pop()
+        backward[number] = held
+        if moved[number]:
+            there.remove(number)
+            held -= moved[number]
+    return OnDevice(forward, end, backward)
+
+
 def timeline(model: ModelFacts, work: Work, policies: Sequence[str]) -> list[Moment]:
     """The peaks of a step's stretches, in order; weights, adapters and the optimizer are not in them.
 
@@ -142,22 +197,18 @@ def timeline(model: ModelFacts, work: Work, policies: Sequence[str]) -> list[Mom
     """
     costs = [layer_bytes(layer, work, policy) for layer, policy in zip(model.layers, policies, strict=True)]
     rows = rounded(work.tokens * model.hidden * work.itemsize)
+    there = on_device([cost.moved for cost in costs], rows)
     held, moments, inputs = 0, [], _inputs(model, work)
-    under_way: list[int] = []
     for number, cost in enumerate(costs):
-        moments.append(Moment(f"forward {number}", held + sum(under_way), inputs + rows + cost.forward, 0))
+        activations = held + there.forward[number]
+        moments.append(Moment(f"forward {number}", activations, inputs + rows + cost.forward, 0))
         held += cost.kept
-        under_way = [*under_way, cost.moved][-IN_FLIGHT:]
-    moments += _around_the_head(model, work, held + sum(under_way), inputs + rows)
+    moments += _around_the_head(model, work, held, there, inputs + rows)
     gradients = _head_gradients(model, work)
-    for number in reversed(range(len(costs))):
-        cost, before = costs[number], costs[number - 1] if number else None
-        # a layer that comes back brings the one before it along
-        coming = cost.moved + (before.moved if before is not None and cost.moved else 0)
+    for number, cost in reversed(list(enumerate(costs))):
+        activations = held + there.backward[number]
+        moments.append(Moment(f"backward {number}", activations, inputs + cost.backward, gradients))
         held -= cost.kept
-        moments.append(
-            Moment(f"backward {number}", held + cost.kept + coming, inputs + cost.backward, gradients)
-        )
         gradients += cost.gradients
     if work.full:
         table = model.vocabulary * model.hidden * work.trained_itemsize
@@ -171,7 +222,11 @@ def _head_gradients(model: ModelFacts, work: Work) -> int:
     return int(model.vocabulary * model.hidden * work.trained_itemsize)
 
 
-def _around_the_head(model: ModelFacts, work: Work, activations: int, passing: int) -> list[Moment]:
+LAST_NORM = "last norm"
+"""The moment at which the norm behind the layers runs forward."""
+
+
+def _around_the_head(model: ModelFacts, work: Work, held: int, there: OnDevice, passing: int) -> list[Moment]:
     stock = model.stock_last_norm or bool(model.unfused)
     ours = work.itemsize, 0, 2 * work.itemsize
     forward, kept, backward = STOCK_LAST_NORM[model.layers[0].layer_norm] if stock else ours
@@ -180,11 +235,11 @@ def _around_the_head(model: ModelFacts, work: Work, activations: int, passing: i
     gradients = _head_gradients(model, work)
     normed = rounded(elements * work.itemsize)
     return [
-        Moment("last norm", activations, passing + forward * elements, 0),
-        Moment("head", activations, passing + kept * elements + normed + head, 0),
+        Moment(LAST_NORM, held + there.forward[-1], passing + forward * elements, 0),
+        Moment("head", held + there.end, passing + kept * elements + normed + head, 0),
         Moment(
             "last norm, backward",
-            activations,
+            held + there.end,
             passing + (kept + backward) * elements + (left if work.full else 0),
             gradients,
         ),
@@ -208,7 +263,8 @@ def peak_bytes(model: ModelFacts, work: Work, policies: Sequence[str], *, accumu
 
 
 def host_bytes(model: ModelFacts, work: Work, policies: Sequence[str]) -> int:
-    """What lies in pinned host memory between forward and backward."""
-    return sum(
+    """What lies in pinned host memory: between forward and backward, and the embedding where it is there."""
+    moved = sum(
         layer_bytes(layer, work, policy).moved for layer, policy in zip(model.layers, policies, strict=True)
     )
+    return moved + table_bytes(model, work)

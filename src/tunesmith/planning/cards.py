@@ -143,15 +143,43 @@ class Card:
 _PCIE3, _PCIE4, _PCIE5 = 16e9, 32e9, 64e9
 """16 lanes, one way, less nothing."""
 
-# Memory as torch's messages name the capacity of such cards, the least of what drivers leave.
+_PCIE4_8, _PCIE5_8 = 16e9, 32e9
+"""The 8 lanes of small desktop cards. How many a laptop wires is its maker's choice, and is taken to be as few."""
+
+_C2C = 450e9
+"""NVLink to the CPU of a superchip, one way."""
+
+_PRO, _TURING = "NVIDIA RTX PRO Blackwell whitepaper", "NVIDIA Turing whitepaper"
+
+_PRO_SERVER = "NVIDIA RTX PRO 6000 Server data sheet; the tensor rate is four times its shaders'"
+"""As in the whitepaper's figures of the other two: the sheet has none for 16 bits."""
+
+_MOBILE = "NVIDIA's page of GeForce laptops, at the highest boost clock there; the tensor rate is twice its shaders'"
+"""The clock of the most power that a maker may give it. The page's AI operations are for higher clocks, by a fifth or
+more in the 50 series: by them a laptop would outrun a desktop card of the same chip."""
+
+
+def _page(family: int) -> str:
+    """The source of a GeForce card whose figures are from no whitepaper."""
+    return f"NVIDIA's page of the GeForce RTX {family} family; the tensor rate is twice its shaders'"
+
+
+# Memory as torch's messages name the capacity of such cards, the least of what drivers leave. It is less than what
+# nvidia-smi says, as the driver keeps some: 23.5 of the 24.0 GiB (24,564 MiB) of an RTX 4090. Where no message of a
+# card was found, it is that of others with as much memory of its generation.
 CARDS: dict[str, Card] = {
     card.name: card
     for card in (
-        Card("B200", 180, 178.3, 2250e12, 8.0e12, _PCIE5, (10, 0), "NVIDIA Blackwell data sheet, HGX B200"),
+        Card("B300", 270, 267.6, 2250e12, 7.7e12, _PCIE5, (10, 3), "NVIDIA Blackwell Ultra data sheet, HGX B300"),
+        Card("B200", 180, 178.3, 2250e12, 7.7e12, _PCIE5, (10, 0), "NVIDIA Blackwell data sheet, HGX B200"),
         Card(
             "H200", 141, 139.8, 989.4e12, 4.8e12, _PCIE5, (9, 0), "NVIDIA H200 data sheet, SXM",
             shares=_H200, estimated=False,
         ),
+        Card("H200-NVL", 141, 139.8, 835e12, 4.8e12, _PCIE5, (9, 0), "NVIDIA H200 data sheet, NVL"),
+        Card("GH200", 96, 94.5, 989.4e12, 4.0e12, _C2C, (9, 0), "NVIDIA GH200 data sheet, 96 GB of HBM3"),
+        Card("H20", 96, 95.0, 148e12, 4.0e12, _PCIE5, (9, 0), "NVIDIA HGX H20 data sheet"),
+        Card("H100-NVL", 94, 93.0, 835e12, 3.9e12, _PCIE5, (9, 0), "NVIDIA H100 data sheet, NVL"),
         Card(
             "H100-80GB", 80, 79.1, 989.4e12, 3.35e12, _PCIE5, (9, 0), "NVIDIA H100 data sheet, SXM",
             estimated=False,
@@ -159,33 +187,90 @@ CARDS: dict[str, Card] = {
         Card("H100-PCIE", 80, 79.1, 756e12, 2.0e12, _PCIE5, (9, 0), "NVIDIA H100 data sheet, PCIe"),
         Card("A100-80GB", 80, 79.2, 312e12, 2.039e12, _PCIE4, (8, 0), "NVIDIA A100 data sheet, SXM"),
         Card("A100-40GB", 40, 39.3, 312e12, 1.555e12, _PCIE4, (8, 0), "NVIDIA A100 data sheet, SXM"),
+        Card("A30", 24, 23.4, 165e12, 933e9, _PCIE4, (8, 0), "NVIDIA A30 data sheet"),
         Card("L40S", 48, 44.4, 362e12, 864e9, _PCIE4, (8, 9), "NVIDIA L40S data sheet"),
+        Card("L40", 48, 44.4, 181e12, 864e9, _PCIE4, (8, 9), "NVIDIA L40 data sheet"),
         Card("L4", 24, 22.0, 121e12, 300e9, _PCIE4, (8, 9), "NVIDIA L4 data sheet"),
         Card("A10G", 24, 22.0, 70e12, 600e9, _PCIE4, (8, 6), "NVIDIA A10G product brief"),
         Card("A10", 24, 22.0, 125e12, 600e9, _PCIE4, (8, 6), "NVIDIA A10 data sheet"),
         Card("A40", 48, 44.4, 149.7e12, 696e9, _PCIE4, (8, 6), "NVIDIA A40 data sheet"),
+        Card("RTX-PRO-6000", 96, 94.9, 503.8e12, 1.792e12, _PCIE5, (12, 0), _PRO),
+        Card("RTX-PRO-6000-MAX-Q", 96, 94.9, 438.9e12, 1.792e12, _PCIE5, (12, 0), _PRO),
+        Card("RTX-PRO-6000-SERVER", 96, 94.9, 480e12, 1.597e12, _PCIE5, (12, 0), _PRO_SERVER),
         Card("RTX-6000-ADA", 48, 47.4, 364.2e12, 960e9, _PCIE4, (8, 9), "NVIDIA Ada whitepaper, professional"),
         Card("RTX-A6000", 48, 47.4, 154.8e12, 768e9, _PCIE4, (8, 6), "NVIDIA GA102 whitepaper"),
+        Card("RTX-A5000", 24, 23.5, 111.1e12, 768e9, _PCIE4, (8, 6), "NVIDIA RTX A5000 data sheet"),
+        Card("RTX-A4000", 16, 15.5, 76.7e12, 448e9, _PCIE4, (8, 6), "NVIDIA RTX A4000 data sheet"),
         Card("RTX-5090", 32, 31.3, 209.5e12, 1.792e12, _PCIE5, (12, 0), "NVIDIA RTX Blackwell whitepaper"),
-        Card("RTX-4090", 24, 23.6, 165.2e12, 1.008e12, _PCIE4, (8, 9), "NVIDIA Ada whitepaper"),
+        Card("RTX-5080", 16, 15.4, 112.6e12, 960e9, _PCIE5, (12, 0), "NVIDIA RTX Blackwell whitepaper"),
+        Card("RTX-5070-TI", 16, 15.4, 87.9e12, 896e9, _PCIE5, (12, 0), "NVIDIA RTX Blackwell whitepaper"),
+        Card("RTX-5070", 12, 11.4, 61.7e12, 672e9, _PCIE5, (12, 0), "NVIDIA RTX Blackwell whitepaper"),
+        Card("RTX-5060-TI-16GB", 16, 15.4, 47.4e12, 448e9, _PCIE5_8, (12, 0), _page(5060)),
+        Card("RTX-5060-TI-8GB", 8, 7.5, 47.4e12, 448e9, _PCIE5_8, (12, 0), _page(5060)),
+        Card("RTX-4090", 24, 23.5, 165.2e12, 1.008e12, _PCIE4, (8, 9), "NVIDIA Ada whitepaper"),
+        Card("RTX-4080-SUPER", 16, 15.5, 104.4e12, 736e9, _PCIE4, (8, 9), _page(4080)),
+        Card("RTX-4080", 16, 15.5, 97.5e12, 717e9, _PCIE4, (8, 9), _page(4080)),
+        Card("RTX-4070-TI-SUPER", 16, 15.5, 88.2e12, 672e9, _PCIE4, (8, 9), _page(4070)),
+        Card("RTX-4070-TI", 12, 11.5, 80.2e12, 504e9, _PCIE4, (8, 9), _page(4070)),
+        Card("RTX-4070-SUPER", 12, 11.5, 71e12, 504e9, _PCIE4, (8, 9), _page(4070)),
+        Card("RTX-4070", 12, 11.5, 58.3e12, 504e9, _PCIE4, (8, 9), _page(4070)),
+        Card("RTX-4060-TI-16GB", 16, 15.5, 44.1e12, 288e9, _PCIE4_8, (8, 9), _page(4060)),
+        Card("RTX-4060-TI-8GB", 8, 7.6, 44.1e12, 288e9, _PCIE4_8, (8, 9), _page(4060)),
+        Card("RTX-4060", 8, 7.6, 30.2e12, 272e9, _PCIE4_8, (8, 9), _page(4060)),
+        Card("RTX-3090-TI", 24, 23.5, 80e12, 1.008e12, _PCIE4, (8, 6), _page(3090)),
         Card("RTX-3090", 24, 23.5, 71e12, 936e9, _PCIE4, (8, 6), "NVIDIA GA102 whitepaper"),
+        Card("RTX-3080-TI", 12, 11.6, 68.2e12, 912e9, _PCIE4, (8, 6), _page(3080)),
+        Card("RTX-3080", 10, 9.6, 59.5e12, 760e9, _PCIE4, (8, 6), "NVIDIA GA102 whitepaper"),
+        Card("RTX-3070", 8, 7.6, 40.6e12, 448e9, _PCIE4, (8, 6), "NVIDIA GA102 whitepaper"),
+        Card("RTX-3060-TI", 8, 7.6, 32.4e12, 448e9, _PCIE4, (8, 6), _page(3060)),
+        Card("RTX-3060", 12, 11.6, 25.5e12, 360e9, _PCIE4, (8, 6), _page(3060)),
+        Card("RTX-5090-LAPTOP", 24, 23.4, 90.7e12, 896e9, _PCIE5_8, (12, 0), _MOBILE),
+        Card("RTX-5080-LAPTOP", 16, 15.4, 70.3e12, 896e9, _PCIE5_8, (12, 0), _MOBILE),
+        Card("RTX-5070-TI-LAPTOP", 12, 11.4, 52.3e12, 672e9, _PCIE5_8, (12, 0), _MOBILE),
+        Card("RTX-4090-LAPTOP", 16, 15.5, 79.4e12, 576e9, _PCIE4_8, (8, 9), _MOBILE),
+        Card("RTX-4080-LAPTOP", 12, 11.5, 67.7e12, 432e9, _PCIE4_8, (8, 9), _MOBILE),
+        Card("RTX-4070-LAPTOP", 8, 7.6, 40.1e12, 256e9, _PCIE4_8, (8, 9), _MOBILE),
+        Card("RTX-4060-LAPTOP", 8, 7.6, 29.1e12, 256e9, _PCIE4_8, (8, 9), _MOBILE),
         Card("T4", 16, 14.7, 65e12, 320e9, _PCIE3, (7, 5), "NVIDIA T4 data sheet", shares=_BEFORE_AMPERE),
+        Card("QUADRO-RTX-6000", 24, 21.9, 130.5e12, 672e9, _PCIE3, (7, 5), _TURING, shares=_BEFORE_AMPERE),
+        Card(
+            "TITAN-RTX", 24, 23.4, 130.5e12, 672e9, _PCIE3, (7, 5), "NVIDIA GA102 whitepaper",
+            shares=_BEFORE_AMPERE,
+        ),
+        Card("RTX-2080-TI", 11, 10.5, 53.8e12, 616e9, _PCIE3, (7, 5), _TURING, shares=_BEFORE_AMPERE),
         Card("V100-32GB", 32, 31.7, 125e12, 900e9, _PCIE3, (7, 0), "NVIDIA V100 data sheet", shares=_BEFORE_AMPERE),
         Card("V100-16GB", 16, 15.7, 125e12, 900e9, _PCIE3, (7, 0), "NVIDIA V100 data sheet", shares=_BEFORE_AMPERE),
     )
 }  # fmt: skip
 """Known cards by name, those with most memory first in each class."""
 
+_ALSO = {
+    "NVIDIA GH200 480GB": "GH200",  # these 480 GB are the host's
+    # slower than the row's card in links to other GPUs only
+    "H800": "H100-80GB",
+    "A800": "A100-80GB",
+    "NVIDIA A800-SXM4-80GB": "A100-80GB",
+}
+"""Names that mean a row without saying so."""
+
 _SILENT = {
-    "nvidia", "geforce", "tesla", "quadro", "rtx", "gpu", "generation",
-    "hbm2", "hbm2e", "hbm3", "hbm3e", "sxm", "sxm2", "sxm3", "sxm4", "sxm5", "ml",
+    "nvidia", "geforce", "tesla", "rtx", "gpu", "generation", "blackwell", "workstation", "edition",
+    "hbm2", "hbm2e", "hbm3", "hbm3e", "sxm", "sxm2", "sxm3", "sxm4", "sxm5", "sxm6", "ac", "ml",
 }  # fmt: skip
 """Words of a name that no two rows of the table differ in."""
+
+_OFTEN_SAID = {"pcie", "quadro"}
+"""Words that tell some rows from others, and are said of further cards as well."""
+
+_OTHER_MAKERS = re.compile(
+    r"\b(amd|instinct|radeon|rx|mi\d{2,3}\w*|intel|arc|gaudi\d*|habana|apple|m[1-5]|mps|tpu|trainium\d*|cpu)\b"
+)
+"""Words that only name what is not NVIDIA's."""
 
 
 def _read(name: str) -> tuple[frozenset[str], int | None]:
     """The words that tell a card from others, and the gigabytes that the name speaks of."""
-    text = name.lower().replace("rtx", " rtx ")
+    text = re.sub(r"(\d)(ti|super)\b", r"\1 \2", name.lower().replace("rtx", " rtx "))
     size = re.search(r"(?<![a-z0-9])(\d{1,3})[\s_-]*gi?b?(?![a-z0-9])", text)
     if size:
         text = text[: size.start()] + " " + text[size.end() :]
@@ -205,9 +290,10 @@ def find_card(name: str) -> Card:
         UserError: no row of `CARDS` has that name, or two have.
     """
     words, size = _read(name)
-    by_words = [card for card in CARDS.values() if _read(card.name)[0] == words] or [
-        card for card in CARDS.values() if _read(card.name)[0] == words - {"pcie"}
-    ]
+    also = next((card for said, card in _ALSO.items() if _read(said) == (words, size)), None)
+    if also is not None:
+        return CARDS[also]
+    by_words = _named(words) or _named(words - _OFTEN_SAID)
     found = [card for card in by_words if size is None or abs(card.gb - size) <= 0.1 * card.gb]
     if len(found) == 1:
         return found[0]
@@ -216,13 +302,53 @@ def find_card(name: str) -> Card:
             f"{name!r} is a card of {' or '.join(f'{card.gb} GB' for card in found)}.",
             hint=f"Say {' or '.join(card.name for card in found)}.",
         )
-    sharing = [card for card in CARDS.values() if words & _read(card.name)[0]]
-    near = [card.name for card in by_words or sharing] or _like(words)
+    _refuse_what_cannot_be_planned(name)
+    near = [card.name for card in by_words] or _sharing(words) or _like(words)
     listed = ", ".join(near or CARDS)
     raise UserError(
         f"There is no GPU called {name!r} in the table of cards.",
         hint=f"{'Nearest' if near else 'Known'}: {listed}.",
     )
+
+
+def _named(words: frozenset[str]) -> list[Card]:
+    """The cards of which a name says these words, whatever their memory."""
+    return [card for card in CARDS.values() if words and _read(card.name)[0] == words]
+
+
+def _refuse_what_cannot_be_planned(name: str) -> None:
+    """Say of what is no card of the table's kind that this is so, in place of a card that happens to be spelt alike.
+
+    Raises:
+        UserError: it is no NVIDIA GPU, or one of which a plan would be wrong.
+    """
+    said = name.lower()
+    if _OTHER_MAKERS.search(said):
+        raise UserError(
+            f"{name!r} is no NVIDIA GPU, and the table of cards has no others.",
+            hint="Fused layers and the figures of a plan are NVIDIA's; nothing was ever measured elsewhere.",
+        )
+    part = re.search(r"\bmig\b(?:\s*\d+g\.(\d+)gb)?", said)
+    if part:
+        raise UserError(
+            f"{name!r} is a part of a GPU, and the table of cards has whole ones.",
+            hint=f"Name the whole card, and give the memory of the part with memory.budget='{part[1] or 20} GB'; "
+            "it will be slower than planned.",
+        )
+    if re.search(r"\bgb10\b|\bspark\b|\bthor\b|\borin\b|\bjetson\b", said):
+        raise UserError(
+            f"{name!r} shares its memory with the processor, and a plan takes the two to be apart.",
+            hint="Its memory can be planned with --gpu of a card that has as much, such as B200, and "
+            "memory.budget='100 GiB'; speeds cannot.",
+        )
+
+
+def _sharing(words: frozenset[str]) -> list[str]:
+    """Names of the cards that share most words with a name, its number among them."""
+    numbers = {word for word in words if re.search(r"\d", word)}
+    shared = {name: words & _read(name)[0] for name in CARDS}
+    counts = {name: len(same) for name, same in shared.items() if same & numbers}
+    return [name for name, count in counts.items() if count == max(counts.values())]
 
 
 def _like(words: frozenset[str]) -> list[str]:

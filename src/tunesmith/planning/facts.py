@@ -122,7 +122,6 @@ class ModelFacts:
         layers: from the first to the last.
         vocabulary: rows of embeddings and head (V).
         tied: whether the head is the embedding matrix.
-        head_bias: whether the head has a bias.
         longest: positions that the model was made for.
         unfused: why its layers are not fused, empty where they are.
         stock_last_norm: whether transformers computes the norm behind the layers, in float32, as it does where any
@@ -135,7 +134,6 @@ class ModelFacts:
     layers: tuple[LayerFacts, ...]
     vocabulary: int
     tied: bool
-    head_bias: bool = False
     longest: int | None = None
     unfused: str = ""
     stock_last_norm: bool = False
@@ -149,8 +147,12 @@ class ModelFacts:
     @property
     def embedding_parameters(self) -> int:
         """Elements of the embeddings, and of the head where it is a matrix of its own."""
-        matrix = self.vocabulary * self.hidden
-        return matrix * (1 if self.tied else 2) + self.vocabulary * self.head_bias
+        return self.table_parameters * (1 if self.tied else 2)
+
+    @property
+    def table_parameters(self) -> int:
+        """Elements of the input embedding."""
+        return self.vocabulary * self.hidden
 
     @property
     def parameters(self) -> int:
@@ -176,6 +178,7 @@ class Work:
         optimizer: a name of `planning.fit.STATE_BYTES`.
         tile_tokens: tokens beyond which the MLP of a layer that does not keep gate and up is computed in tiles of at
             most as many, None for never; as `models.tiles` has it.
+        host_embedding: whether the input embedding lies in pinned host memory.
         itemsize: bytes of the type that everything is computed in.
         trained_itemsize: bytes of a trained parameter, and of its gradient.
     """
@@ -188,6 +191,7 @@ class Work:
     dropout: bool = False
     optimizer: str = "adamw"
     tile_tokens: int | None = 16_384
+    host_embedding: bool = False
     itemsize: int = 2
     trained_itemsize: int = 4
 
@@ -216,3 +220,12 @@ def trained_parameters(model: ModelFacts, work: Work) -> int:
         for group, (outputs, inputs) in layer.matrices.items()
         if group in work.adapted
     )
+
+
+def embedding_stays(model: ModelFacts, work: Work) -> str:
+    """Why the input embedding cannot lie in host memory, empty where it can; `models.host_embedding` moves it."""
+    if model.tied:
+        return "the input embedding is the head as well"
+    if work.full:
+        return "the input embedding trains"
+    return f"layers are not fused ({model.unfused})" if model.unfused else ""

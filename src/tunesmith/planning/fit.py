@@ -49,6 +49,11 @@ ROUNDING = ("adamw", "adamw_8bit", "adamw_torch_8bit", "adamw_torch_4bit", "adam
 """Optimizers that round weights in bfloat16 stochastically, so that they can be trained as such."""
 
 
+def pinnable(free_bytes: float) -> int:
+    """Bytes of the host's free memory that a run may pin."""
+    return int(USABLE_HOST * max(free_bytes, 0))
+
+
 def training_bytes(
     *, trained: int, gradient_bytes: int, optimizer: str, head_bytes: int = 0, layer_bytes: int = 0
 ) -> int:
@@ -142,7 +147,7 @@ def fit_micro_batch(
         free_host_bytes: memory of the host that is free.
         row_tokens: tokens of the longest row.
     """
-    usable, usable_host = USABLE * max(free_bytes, 0), USABLE_HOST * max(free_host_bytes, 0)
+    usable, usable_host = USABLE * max(free_bytes, 0), pinnable(free_host_bytes)
     if policy == "auto":
         possible = [cost for cost in costs if cost.host_bytes * row_tokens <= usable_host]
         fitting = (cost for cost in possible if cost.device_bytes * row_tokens <= usable)

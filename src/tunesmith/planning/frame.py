@@ -6,13 +6,23 @@ so that a search over policies adds and compares numbers and walks no step. Test
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
 from tunesmith.planning import step_amounts
-from tunesmith.planning.bytes import LIBRARIES, Fixed, Moment, fixed_bytes, timeline
+from tunesmith.planning.bytes import (
+    LAST_NORM,
+    LIBRARIES,
+    Fixed,
+    Moment,
+    OnDevice,
+    fixed_bytes,
+    on_device,
+    table_bytes,
+    timeline,
+)
 from tunesmith.planning.cards import Rates
 from tunesmith.planning.facts import LayerFacts, ModelFacts, Work
 from tunesmith.planning.fit import STOCK_POLICIES
@@ -28,11 +38,15 @@ from tunesmith.planning.seconds import (
     seconds_of,
     step_seconds,
 )
+from tunesmith.planning.tape import rounded
 
 STOCK_BYTES = 2.4
 """What a layer of transformers keeps for each byte that a fused one under `keep` does, an estimate: of a token of the
 8B shape both norms' rows and inputs in float32, q and k before and after RoPE, and four times the MLP's columns, some
 112,000 columns where `keep` has 47,000."""
+
+Parts = tuple[tuple[str, int], ...]
+"""(policy, how many layers), in order."""
 
 _BASE = "recompute"
 """The policy under which what no policy decides is read off a timeline."""
@@ -71,9 +85,12 @@ class Frame:
         kinds: for each layer the number of its kind; ways: for each kind what every policy makes of it.
         forward: for each layer the bytes of its forward pass beside what layers hold and its own need; backward
             likewise.
-        around: the most at moments at which all layers hold what they keep, beside that.
+        around: the most between the passes, beside what layers hold. The norm behind them takes more backward than
+            forward, the embedded rows that are held until then included.
+        embedded: bytes of the first layer's input.
         least: bytes that are there at some moment whatever the policies.
         standing: bytes that are always there.
+        table: bytes of the input embedding where it lies in host memory.
         sums: for each policy kept bytes, moved bytes and seconds of so many first layers.
     """
 
@@ -87,8 +104,10 @@ class Frame:
         self.fixed: Fixed = fixed_bytes(model, self.work)
         self.beside = beside
         self.standing = self.fixed.weights + self.fixed.adapter + self.fixed.optimizer + LIBRARIES + beside
+        self.table = table_bytes(model, self.work)
         self.names = tuple(HELD) if not model.unfused else STOCK_POLICIES
         self.count = len(model.layers)
+        self.embedded = rounded(self.work.tokens * model.hidden * self.work.itemsize)
         self._read_kinds()
         self._read_overheads()
         self._read_seconds()
@@ -118,7 +137,7 @@ class Frame:
         """Takes the layers' own bytes out of a timeline."""
         layers = self.model.layers
         costs = {layer: layer_bytes(layer, self.work, _BASE) for layer in dict.fromkeys(layers)}
-        self._bare: list[Moment] = []
+        self._bare: list[_Bare] = []
         self.forward, self.backward = [0] * self.count, [0] * self.count
         self.around, self.least = 0, self.fixed.gradients
         for moment in timeline(self.model, self.work, (_BASE,) * self.count):
@@ -127,7 +146,7 @@ class Frame:
             # gradients of an earlier micro-batch may be there already
             gradients = self.fixed.gradients if self.micro_batches > 1 else moment.gradients
             bare = replace(moment, passing=moment.passing - own, gradients=gradients)
-            self._bare.append(bare)
+            self._bare.append(_Bare(bare, what, place))
             beside = bare.passing + bare.gradients
             if place is not None:
                 (self.forward if what == "forward" else self.backward)[place] = beside
@@ -164,35 +183,34 @@ class Frame:
 
     def passing_peak(self, policies: Sequence[str]) -> int:
         """The most bytes of what a step makes, gradients included."""
-        return max(self.fixed.gradients, *(moment.bytes for moment in self.moments(policies)))
+        needs = (
+            held + own + bare.moment.passing + bare.moment.gradients
+            for bare, held, own in self._walk(policies)
+        )
+        return max(self.fixed.gradients, *needs)
 
     def moments(self, policies: Sequence[str]) -> list[Moment]:
-        """What is alive at the peak of each stretch of a micro-batch, as `bytes.timeline` has it for fused layers.
+        """What is alive at the peak of each stretch of a micro-batch, as `bytes.timeline` has it for fused layers."""
+        return [
+            replace(bare.moment, activations=held, passing=bare.moment.passing + own)
+            for bare, held, own in self._walk(policies)
+        ]
 
-        The last layers that move stay on the device until they are wanted, as nothing pushes them out any more.
-        """
+    def _walk(self, policies: Sequence[str]) -> Iterator[tuple[_Bare, int, int]]:
+        """Each moment with the bytes that layers hold then, and what its own layer needs."""
         ways = self.of(policies)
-        moving = [number for number, way in enumerate(ways) if way.moved]
         held = [0, *accumulate(way.kept for way in ways)]
-        there = set(moving[-IN_FLIGHT:])
-        found = []
+        there = on_device([way.moved for way in ways], self.embedded)
         for bare in self._bare:
-            what, place = _place(bare)
-            own = 0 if place is None else getattr(ways[place], what)
-            if what == "forward" and place is not None:
-                leaving = [number for number in moving if number < place][-IN_FLIGHT:]
-                activations = held[place] + sum(ways[number].moved for number in leaving)
-            elif place is not None:
-                if ways[place].moved:  # it comes back, and so does the one that left before it
-                    there |= set([number for number in moving if number <= place][-2:])
-                activations = held[place + 1] + sum(ways[number].moved for number in there)
-                there.discard(place)
+            place = bare.place
+            if bare.what == LAST_NORM:
+                yield bare, held[-1] + there.forward[-1], 0
+            elif place is None:
+                yield bare, held[-1] + there.end if bare.moment.activations else 0, 0
+            elif bare.what == "forward":
+                yield bare, held[place] + there.forward[place], ways[place].forward
             else:
-                activations = (
-                    held[-1] + sum(ways[number].moved for number in there) if bare.activations else 0
-                )
-            found.append(replace(bare, activations=activations, passing=bare.passing + own))
-        return found
+                yield bare, held[place + 1] + there.backward[place], ways[place].backward
 
     def peak(self, policies: Sequence[str]) -> int:
         """The most bytes of the device, as `bytes.peak_bytes` has them for fused layers."""
@@ -200,7 +218,7 @@ class Frame:
 
     def host(self, policies: Sequence[str]) -> int:
         """Pinned bytes of the host."""
-        return sum(way.moved for way in self.of(policies))
+        return sum(way.moved for way in self.of(policies)) + self.table
 
     def layers_seconds(self, policies: Sequence[str]) -> float:
         """All layers forward and backward in one micro-batch."""
@@ -216,6 +234,19 @@ class Frame:
     def layers_within(self, seconds: float) -> float:
         """Seconds that all layers of a micro-batch may take at most for a step to be faster than this."""
         return (seconds - min(self._starts) - self._once) / self.passes - self._beside
+
+
+@dataclass(frozen=True, slots=True)
+class _Bare:
+    """A moment without what its layer needs.
+
+    Attributes:
+        what: the pass of the layer; place: its number, None where the moment is no layer's.
+    """
+
+    moment: Moment
+    what: str
+    place: int | None
 
 
 def _place(moment: Moment) -> tuple[str, int | None]:
@@ -240,7 +271,7 @@ class Prefix:
         parts: (policy, layers) in order.
     """
 
-    def __init__(self, frame: Frame, parts: tuple[tuple[str, int], ...] = ()) -> None:
+    def __init__(self, frame: Frame, parts: Parts = ()) -> None:
         self._frame, self.parts = frame, parts
         self.count = sum(count for _, count in parts)
 
@@ -255,50 +286,38 @@ class Prefix:
         frame = self._frame
         return [frame.ways[kind][name] for kind, name in zip(frame.kinds, self.policies, strict=False)]
 
-    def _sum(self, what: int) -> float:
-        total, first = 0.0, 0
-        for name, count in self.parts:
-            sums = self._frame.sums[name][what]
-            total += sums[first + count] - sums[first]
-            first += count
-        return total
+    @cached_property
+    def _there(self) -> OnDevice:
+        """What of the moved tensors is on the device, where no layer behind these moves any."""
+        behind = self._frame.count - self.count
+        return on_device([*(way.moved for way in self.ways), *[0] * behind], self._frame.embedded)
 
     @cached_property
     def kept(self) -> int:
-        """Bytes on the device while the layers behind it run: what its layers keep, and what has not left yet."""
-        return int(self._sum(0)) + self._leaving(self.count)
+        """Bytes on the device from forward to backward: what its layers keep, and what does not leave any more."""
+        return sum(way.kept for way in self.ways) + self._there.end
 
-    @cached_property
-    def host(self) -> int:
-        """Bytes that lie in host memory."""
-        return int(self._sum(1))
-
-    @cached_property
-    def least_seconds(self) -> float:
-        """What both passes take if nothing waits, which is no more than they do."""
-        return self._sum(2)
+    def leaving(self, number: int) -> int:
+        """Bytes beside `kept` that are on the device while a layer behind it runs forward."""
+        return self._there.forward[number] - self._there.end
 
     @cached_property
     def seconds(self) -> float:
-        """What both passes take, with their waits for the link."""
-        timed = [way.timed for way in self.ways]
-        return forward_seconds(timed) + backward_seconds(timed)
-
-    def _moved(self, number: int) -> int:
-        return self.ways[number].moved if 0 <= number < self.count else 0
-
-    def _leaving(self, number: int) -> int:
-        """Bytes that are on their way to the host while a layer runs forward."""
-        return sum(self._moved(before) for before in range(number - IN_FLIGHT, number))
+        """What both passes take, with their waits for the link and those that they cause behind them: forward takes
+        the same under all policies that move nothing."""
+        frame = self._frame
+        behind = frame.kinds[self.count : self.count + IN_FLIGHT]
+        others = [frame.ways[kind][_BASE] for kind in behind]
+        timed = [way.timed for way in (*self.ways, *others)]
+        return forward_seconds(timed) + backward_seconds(timed) - sum(way.seconds for way in others)
 
     def fits(self, room: int) -> bool:
         """Whether its own layers stay within so many bytes."""
-        held, frame = 0, self._frame
+        held, frame, there = 0, self._frame, self._there
         for number, way in enumerate(self.ways):
-            if held + self._leaving(number) + frame.forward[number] + way.forward > room:
+            if held + there.forward[number] + frame.forward[number] + way.forward > room:
                 return False
             held += way.kept
-            coming = way.moved + self._moved(number - 1)
-            if held + coming + frame.backward[number] + way.backward > room:
+            if held + there.backward[number] + frame.backward[number] + way.backward > room:
                 return False
         return True

@@ -1,9 +1,10 @@
 """Whether CUDA graphs may be recorded under the settings of a run, and whether they pay. Torch-free.
 
 A fused layer takes the host some 2.5 ms forward and backward (measured with 135M and 8B shapes on one H100: 1.4 to
-2.6), whatever its size; the device takes 4 · P · T operations for P parameters and T tokens. Where the device is done
-first it waits for the host, and a graph takes the host out. Where it is not, a graph gains nothing and its pool of
-memory costs as much as the activations.
+2.6), whatever its size. For P parameters and T tokens the device takes 2 · P · T operations forward and as many for
+the gradient of the layer's input, and 2 · P · T more for that of its weights where these train. Where the device is
+done first it waits for the host, and a graph takes the host out. Where it is not, a graph gains nothing and its pool
+of memory costs as much as the activations.
 """
 
 from __future__ import annotations
@@ -36,15 +37,20 @@ def graphs_refusal(
     if neftune:
         return "NEFTune scales its noise on the host, by the lengths of the documents"
     if deterministic:
-        return "a run that goes on would record at other steps than one that never stopped"
+        return (
+            "train.deterministic is on, and a run that goes on would record at other steps than one that never "
+            "stopped"
+        )
     return None
 
 
-def graphs_pay(*, tokens: int, layer_parameters: float) -> bool:
+def graphs_pay(*, tokens: int, layer_parameters: float, full: bool) -> bool:
     """Whether the host is what a micro-batch waits for.
 
     Args:
         tokens: of a micro-batch.
         layer_parameters: of one decoder layer.
+        full: whether its own weights train; an adapter's are too few to count.
     """
-    return 4.0 * layer_parameters * tokens / DEVICE_RATE < HOST_SECONDS
+    products = 3 if full else 2
+    return 2.0 * products * layer_parameters * tokens / DEVICE_RATE < HOST_SECONDS

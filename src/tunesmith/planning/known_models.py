@@ -79,6 +79,15 @@ _LLAMA = {
         },
     ),
     **_family(
+        {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096},
+        {
+            "meta-llama/Llama-2-7b": _sizes(32, 4096, 11008, 32, 32),
+            "meta-llama/Llama-2-13b": _sizes(40, 5120, 13824, 40, 40),
+            "meta-llama/Llama-2-70b": _sizes(80, 8192, 28672, 64, 8),
+        },
+        ("-hf", "-chat-hf"),
+    ),
+    **_family(
         {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 2048},
         {"TinyLlama/TinyLlama-1.1B-Chat-v1.0": _sizes(22, 2048, 5632, 32, 4)},
     ),
@@ -120,7 +129,19 @@ _QWEN2_5 = {
         },
         ("", "-Instruct"),
     ),
-    **_family(_QWEN2_5_LARGE, {"Qwen/QwQ-32B": _sizes(64, 5120, 27648, 40, 8)}),
+    **_family(
+        _QWEN2_5_LARGE,
+        {
+            "Qwen/QwQ-32B": _sizes(64, 5120, 27648, 40, 8),
+            "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": {
+                **_sizes(28, 1536, 8960, 12, 2),
+                "vocab_size": 151936,
+            },
+            "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": _sizes(28, 3584, 18944, 28, 4),
+            "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B": _sizes(48, 5120, 13824, 40, 8),
+            "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B": _sizes(64, 5120, 27648, 40, 8),
+        },
+    ),
 }
 
 _QWEN3_ANY: Config = {
@@ -167,9 +188,19 @@ _MISTRAL_NEMO: Config = {
     "vocab_size": 131072,
     "max_position_embeddings": 128000,
 }
+_MISTRAL_24B: Config = {
+    **_sizes(40, 5120, 32768, 32, 8),
+    "head_dim": 128,
+    "vocab_size": 131072,
+    "max_position_embeddings": 32768,
+}
 _MISTRAL = _family(
     _MISTRAL_ANY,
     {
+        "mistralai/Mistral-7B-v0.1": {**_MISTRAL_7B, "vocab_size": 32000, "sliding_window": 4096},
+        "mistralai/Mistral-7B-Instruct-v0.2": {**_MISTRAL_7B, "vocab_size": 32000},
+        "mistralai/Mistral-Small-24B-Base-2501": _MISTRAL_24B,
+        "mistralai/Mistral-Small-24B-Instruct-2501": _MISTRAL_24B,
         "mistralai/Mistral-7B-v0.3": _MISTRAL_7B,
         "mistralai/Mistral-7B-Instruct-v0.3": _MISTRAL_7B,
         "mistralai/Mistral-Nemo-Base-2407": _MISTRAL_NEMO,
@@ -262,6 +293,43 @@ _OLMO2 = _family(
     ("", "-SFT", "-DPO", "-Instruct"),
 )
 
+_SMOLLM3 = _family(
+    {"model_type": "smollm3", "vocab_size": 128256, "max_position_embeddings": 65536},
+    {"HuggingFaceTB/SmolLM3-3B": _sizes(36, 2048, 11008, 16, 4)},
+    ("", "-Base"),
+)
+
+_GPT_OSS: Config = {
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "head_dim": 64,
+    "attention_bias": True,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 131072,
+    "quantization_config": {"quant_method": "mxfp4"},
+}
+_EXPERTS = {
+    **_family(
+        {"model_type": "mixtral", "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2},
+        {"mistralai/Mixtral-8x7B": {**_sizes(32, 4096, 14336, 32, 8), "max_position_embeddings": 32768}},
+        ("-v0.1", "-Instruct-v0.1"),
+    ),
+    **_family(
+        {
+            **_QWEN3_ANY,
+            "model_type": "qwen3_moe",
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        {"Qwen/Qwen3-30B-A3B": _sizes(48, 2048, 6144, 32, 4)},
+        ("", "-Base"),
+    ),
+    "openai/gpt-oss-20b": {**_GPT_OSS, **_sizes(24, 2880, 2880, 64, 8), "num_local_experts": 32},
+    "openai/gpt-oss-120b": {**_GPT_OSS, **_sizes(36, 2880, 2880, 64, 8), "num_local_experts": 128},
+}
+"""Mixtures of experts, whose layers are not fused."""
+
 MODELS: dict[str, Config] = {
     **_SMOLLM2,
     **_LLAMA,
@@ -272,6 +340,8 @@ MODELS: dict[str, Config] = {
     **_GEMMA3,
     **_PHI,
     **_OLMO2,
+    **_SMOLLM3,
+    **_EXPERTS,
 }
 """By hub id."""
 

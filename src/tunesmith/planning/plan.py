@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import combinations, groupby, islice
+from typing import Any
 
 from tunesmith.planning.bytes import LIBRARIES, Moment, head_rows
 from tunesmith.planning.cards import CARDS, Card
@@ -69,6 +70,7 @@ class Plan:
         host_bytes: pinned memory of the host.
         micro_batch_rows: rows that go through the model at once; tokens: of them.
         policies: one for each layer, from the first to the last.
+        embedding: where the input embedding lies, `device` or `host`.
         chunks: sizes by which work is cut: `head`, tokens of the head at once; `mlp`, tokens of the gated MLP at once
             where it is tiled.
         peak_bytes: the most memory in use at any moment of a step.
@@ -88,6 +90,7 @@ class Plan:
     micro_batch_rows: int
     tokens: int
     policies: tuple[str, ...]
+    embedding: str
     chunks: dict[str, int]
     peak_bytes: int
     step_seconds: float
@@ -134,18 +137,17 @@ def make_plan(facts: ModelFacts, request: PlanRequest) -> Plan:
         facts: of the model.
         request: what the run wants, on a card of `CARDS`.
     """
-    card = CARDS[request.card]
-    budget = request.budget_of(card.memory_bytes)
-    plan = plan_of(request, _solve(facts, request), budget)
+    plan = _without_others(facts, request)
     if plan.fits:
         return replace(plan, alternatives=tuple(_alternatives(facts, request)))
     return replace(plan, nearest=tuple(_nearest(facts, request)))
 
 
-def _solve(facts: ModelFacts, request: PlanRequest) -> Solution:
+def _without_others(facts: ModelFacts, request: PlanRequest) -> Plan:
+    """The plan for a card of `CARDS`, without a look at other choices."""
     card = CARDS[request.card]
     budget = request.budget_of(card.memory_bytes)
-    return solve(facts, request, card.rates(), budget)
+    return plan_of(request, solve(facts, request, card.rates(), budget), budget)
 
 
 def plan_of(request: PlanRequest, solution: Solution, budget_bytes: int) -> Plan:
@@ -161,6 +163,7 @@ def plan_of(request: PlanRequest, solution: Solution, budget_bytes: int) -> Plan
         micro_batch_rows=solution.rows,
         tokens=work.tokens,
         policies=solution.policies,
+        embedding="host" if work.host_embedding else "device",
         chunks={"head": head_rows(frame.model, work)},
         peak_bytes=solution.peak,
         step_seconds=solution.seconds,
@@ -208,9 +211,7 @@ class _Change:
 
     def alternative(self, facts: ModelFacts) -> Alternative:
         """What becomes of the run."""
-        card = CARDS[self.request.card]
-        plan = plan_of(self.request, _solve(facts, self.request), self.request.budget_of(card.memory_bytes))
-        return Alternative(self.what, self.settings, plan.summary)
+        return Alternative(self.what, self.settings, _without_others(facts, self.request).summary)
 
     def then(self, other: _Change) -> _Change:
         """Both; `other` was made of the request of this one."""
@@ -225,7 +226,9 @@ _SHORTEST, _LOWEST = 512, 8
 
 def _alternatives(facts: ModelFacts, request: PlanRequest) -> Iterator[Alternative]:
     """What a larger card, weights held otherwise and shorter rows change."""
-    changes = [*islice(_larger_cards(request), 1), *_weights(facts, request), *islice(_shorter(request), 1)]
+    here = CARDS[request.card]
+    faster = (change for change in _larger_cards(request) if CARDS[change.what].tensor >= here.tensor)
+    changes = [*islice(faster, 1), *_weights(facts, request), *islice(_shorter(request), 1)]
     if request.work.full:
         changes += [*_optimizer(request), *_adapter(request)]
     for change in changes:
@@ -276,16 +279,20 @@ def _also_in_bfloat16(facts: ModelFacts, changes: Sequence[_Change]) -> Iterator
 
 
 def _left_to_the_plan(request: PlanRequest) -> Iterator[_Change]:
-    """Policies, the micro-batch, then both, where they are fixed."""
-    policy = _Change("policies left to the plan", ("memory.policy=auto",), replace(request, policy="auto"))
+    """What is fixed of the layout, each by itself, then several together."""
+    fixed: list[tuple[str, str, dict[str, Any]]] = []
     if request.policy != "auto":
-        yield policy
+        fixed.append(("policies", "memory.policy=auto", {"policy": "auto"}))
     if request.micro_batch is not None and request.micro_batch > 1:
-        settings = ("train.micro_batch=auto",)
-        yield _Change("micro-batch left to the plan", settings, replace(request, micro_batch=None))
-        if request.policy != "auto":
-            both = replace(policy.request, micro_batch=None)
-            yield policy.then(_Change("micro-batch left to the plan", settings, both))
+        fixed.append(("micro-batch", "train.micro_batch=auto", {"micro_batch": None}))
+    if request.embedding == "device":
+        fixed.append(("embedding", "memory.embedding=auto", {"embedding": "auto"}))
+    for count in range(1, len(fixed) + 1):
+        for some in combinations(fixed, count):
+            names, settings, values = zip(*some, strict=True)
+            changed = {name: value for one in values for name, value in one.items()}
+            what = f"{' and '.join(names)} left to the plan"
+            yield _Change(what, settings, replace(request, **changed))
 
 
 def _of_work(what: str, settings: tuple[str, ...], request: PlanRequest, work: Work) -> _Change:
@@ -338,7 +345,7 @@ def _lower_rank(request: PlanRequest) -> Iterator[_Change]:
 
 
 def _larger_cards(request: PlanRequest) -> Iterator[_Change]:
-    """Cards with more memory, the smallest first; of those with the same the fastest."""
+    """Cards with more memory, the smallest first; of those that are sold with the same only the fastest."""
     here = CARDS[request.card]
     if request.budget > 1:  # so many bytes are so many on any card
         return
@@ -346,6 +353,8 @@ def _larger_cards(request: PlanRequest) -> Iterator[_Change]:
     def order(card: Card) -> tuple[int, float]:
         return card.gb, -card.tensor
 
+    found = here.gb
     for card in sorted(CARDS.values(), key=order):
-        if card.gb > here.gb:
+        if card.gb > found:
+            found = card.gb
             yield _Change(card.name, (), replace(request, card=card.name))

@@ -18,7 +18,7 @@ from tunesmith.planning.architectures import ARCHITECTURES, Architecture, find_a
 from tunesmith.planning.facts import LayerFacts, ModelFacts
 from tunesmith.planning.family_defaults import DEFAULTS
 from tunesmith.planning.read_other import read_other
-from tunesmith.planning.read_sizes import missing, needed, refuse
+from tunesmith.planning.read_sizes import layer_count, missing, needed, optional, refuse
 from tunesmith.planning.vision import vision_parameters
 
 _ATTENTION = {"qkv": "attention_bias", "output": "attention_bias"}
@@ -65,10 +65,13 @@ def read_facts(config: Mapping[str, Any], name: str) -> ModelFacts:
     model_type = text.get("model_type")
     if not isinstance(model_type, str):
         raise missing(name, "model_type")
-    if model_type not in ARCHITECTURES:
-        facts = read_other(text, name)
-    else:
-        facts = _read_family(SimpleNamespace(**{**DEFAULTS[model_type], **text}), name)
+    try:
+        if model_type not in ARCHITECTURES:
+            facts = read_other(text, name)
+        else:
+            facts = _read_family(SimpleNamespace(**{**DEFAULTS[model_type], **text}), name)
+    except (TypeError, ValueError, ZeroDivisionError) as error:  # a word for a number, a number for a list
+        raise refuse(name, f"one of its values is not of the kind that it should be ({error})") from error
     return replace(facts, other_parameters=beside)
 
 
@@ -80,6 +83,9 @@ def text_part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
     if config.get("is_encoder_decoder"):
         raise refuse(name, "it is an encoder and a decoder")
+    written = config.get("architectures")
+    if isinstance(written, list) and written and all(str(one).endswith("ForMaskedLM") for one in written):
+        raise refuse(name, "it fills in masked words and does not go on with a text")
     inner = config.get("text_config")
     if inner is None:
         return dict(config)
@@ -97,7 +103,7 @@ def _read_family(config: SimpleNamespace, name: str) -> ModelFacts:
     """A model of a family that is known, whether or not its layers are fused."""
     row = ARCHITECTURES[config.model_type]
     _, unfused = find_architecture(config)
-    count = needed(config, "num_hidden_layers", name)
+    count = layer_count(config, name)
     layer = _layer(config, row, name)
     rotary = _rotates(config, row, count, name)
     windows = _windows(config, row, rotary, name)
@@ -113,7 +119,7 @@ def _read_family(config: SimpleNamespace, name: str) -> ModelFacts:
         layers=layers,
         vocabulary=needed(config, "vocab_size", name),
         tied=bool(config.tie_word_embeddings),
-        longest=config.max_position_embeddings,
+        longest=optional(config, "max_position_embeddings", name),
         unfused=unfused,
     )
 

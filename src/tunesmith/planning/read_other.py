@@ -13,7 +13,7 @@ from typing import Any
 
 from tunesmith.planning.architectures import find_architecture
 from tunesmith.planning.facts import LayerFacts, ModelFacts
-from tunesmith.planning.read_sizes import needed, refuse
+from tunesmith.planning.read_sizes import layer_count, needed, optional, refuse
 
 _UNGATED = {
     "gpt2",
@@ -61,10 +61,10 @@ def read_other(text: Mapping[str, Any], name: str) -> ModelFacts:
     for key, reason in _OTHER_ATTENTION.items():
         if getattr(config, key, None):
             raise refuse(name, reason)
-    count = needed(config, "num_hidden_layers", name, "n_layer", "num_layers", "n_layers")
+    count = layer_count(config, name, "n_layer", "num_layers", "n_layers")
     dense = _dense_layer(config, name)
     layers = tuple(
-        _with_experts(dense, config, name) if _has_experts(config, number) else dense
+        _with_experts(dense, config, name) if _has_experts(config, number, name) else dense
         for number in range(count)
     )
     tied = getattr(config, "tie_word_embeddings", None)
@@ -75,7 +75,7 @@ def read_other(text: Mapping[str, Any], name: str) -> ModelFacts:
         layers=layers,
         vocabulary=needed(config, "vocab_size", name),
         tied=config.model_type in _TIED if tied is None else bool(tied),
-        longest=getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None),
+        longest=optional(config, "max_position_embeddings", name, "n_positions"),
         unfused=unfused,
     )
 
@@ -83,26 +83,19 @@ def read_other(text: Mapping[str, Any], name: str) -> ModelFacts:
 def _dense_layer(config: SimpleNamespace, name: str) -> LayerFacts:
     hidden = needed(config, "hidden_size", name, "n_embd", "d_model")
     heads = needed(config, "num_attention_heads", name, "n_head", "n_heads", "num_heads")
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    many = ("num_key_value_heads", "num_kv_heads")
-    kv_heads = next((value for key in many if (value := getattr(config, key, None))), heads)
+    head_dim = optional(config, "head_dim", name) or hidden // heads
+    kv_heads = optional(config, "num_key_value_heads", name, "num_kv_heads") or heads
     if getattr(config, "multi_query", False):
         kv_heads = 1
     gated = config.model_type not in _UNGATED
-    inner = next(
-        (
-            value
-            for key in ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "moe_intermediate_size")
-            if (value := getattr(config, key, None))
-        ),
-        None if gated else 4 * hidden,
-    )
-    if inner is None:
+    names = ("n_inner", "ffn_dim", "ffn_hidden_size", "moe_intermediate_size")
+    inner = optional(config, "intermediate_size", name, *names)
+    if inner is None and gated:
         raise refuse(name, "it has no intermediate_size")
     biased = bool(getattr(config, "attention_bias", False))
     return LayerFacts(
         hidden=hidden,
-        inner=inner,
+        inner=inner or 4 * hidden,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -117,7 +110,7 @@ def _dense_layer(config: SimpleNamespace, name: str) -> LayerFacts:
         output_bias=biased or not gated,
         gate_up_bias=not gated,
         down_bias=not gated,
-        window=_window(config),
+        window=_window(config, name),
     )
 
 
@@ -125,9 +118,9 @@ def _qkv_biased(config: SimpleNamespace) -> bool:
     return bool(getattr(config, "qkv_bias", config.model_type in _QKV_BIASED))
 
 
-def _window(config: SimpleNamespace) -> int | None:
+def _window(config: SimpleNamespace, name: str) -> int | None:
     """The window of all layers; where some see everything, all are taken to."""
-    window = getattr(config, "sliding_window", None)
+    window = optional(config, "sliding_window", name)
     kinds = set(getattr(config, "layer_types", None) or ())
     alike = not kinds or kinds == {"sliding_attention"}
     return window if window and alike and getattr(config, "use_sliding_window", True) else None
@@ -136,14 +129,14 @@ def _window(config: SimpleNamespace) -> int | None:
 # ---------------------------------------------------------------- mixtures of experts
 
 
-def _experts(config: SimpleNamespace) -> int:
-    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    return next((value for key in names if (value := getattr(config, key, None))), 0)
+def _experts(config: SimpleNamespace, name: str) -> int:
+    names = ("num_experts", "n_routed_experts", "moe_num_experts")
+    return optional(config, "num_local_experts", name, *names) or 0
 
 
-def _has_experts(config: SimpleNamespace, number: int) -> bool:
+def _has_experts(config: SimpleNamespace, number: int, name: str) -> bool:
     """Whether a layer sends its tokens to experts."""
-    if not _experts(config) or number < (getattr(config, "first_k_dense_replace", None) or 0):
+    if not _experts(config, name) or number < (getattr(config, "first_k_dense_replace", None) or 0):
         return False
     if number in (getattr(config, "mlp_only_layers", None) or ()):
         return False
@@ -152,11 +145,11 @@ def _has_experts(config: SimpleNamespace, number: int) -> bool:
 
 def _with_experts(dense: LayerFacts, config: SimpleNamespace, name: str) -> LayerFacts:
     """The layer as a token meets it, and the experts that it does not meet as idle parameters."""
-    experts = _experts(config)
+    experts = _experts(config, name)
     met = min(needed(config, "num_experts_per_tok", name, "moe_topk", "num_experts_per_token"), experts)
-    inner = getattr(config, "moe_intermediate_size", None) or dense.inner
-    shared = getattr(config, "shared_expert_intermediate_size", None) or (
-        inner * (getattr(config, "n_shared_experts", None) or 0)
+    inner = optional(config, "moe_intermediate_size", name) or dense.inner
+    shared = optional(config, "shared_expert_intermediate_size", name) or (
+        inner * (optional(config, "n_shared_experts", name) or 0)
     )
     router = experts * dense.hidden + (dense.hidden if _has_shared_gate(config) else 0)
     return replace(

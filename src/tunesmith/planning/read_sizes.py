@@ -27,6 +27,38 @@ def needed(config: SimpleNamespace, key: str, name: str, *others: str) -> int:
     raise missing(name, key)
 
 
+def optional(config: SimpleNamespace, key: str, name: str, *others: str) -> int | None:
+    """A size that may be left out: None where it is under none of the names, or null or 0.
+
+    Args:
+        key: its usual name; others: what some families call it; name: of the model, for the message.
+
+    Raises:
+        UserError: it is no whole number above 0.
+    """
+    given = next((each for each in (key, *others) if getattr(config, each, None)), None)
+    return None if given is None else needed(config, given, name)
+
+
+MOST_LAYERS = 1_000
+"""Layers beyond which a config is damaged: no model has as many, and a plan has a row for each."""
+
+
+def layer_count(config: SimpleNamespace, name: str, *others: str) -> int:
+    """How many decoder layers there are.
+
+    Args:
+        others: what some families call it; name: of the model, for the message.
+
+    Raises:
+        UserError: it is missing, no whole number above 0, or too large to be true.
+    """
+    count = needed(config, "num_hidden_layers", name, *others)
+    if count > MOST_LAYERS:
+        raise refuse(name, f"it says that there are {count:,} layers")
+    return count
+
+
 def missing(name: str, key: str) -> UserError:
     """The error for a config without a size."""
     return refuse(name, f"it has no {key}")

@@ -22,6 +22,7 @@ class PlanRequest:
         steps: optimizer steps of the run, None where they are not known.
         micro_batch: rows that go through the model at once, None to choose.
         policy: `auto`, or the policy of every layer.
+        embedding: where the input embedding lies: `device`, `host`, or `auto` for what is faster.
         budget: share of the card's memory that may be used (at most 1), or bytes.
         host_bytes: memory of the host that may be pinned, None where it is not known.
     """
@@ -32,6 +33,7 @@ class PlanRequest:
     steps: int | None = None
     micro_batch: int | None = None
     policy: str = "auto"
+    embedding: str = "auto"
     budget: float = 0.92
     host_bytes: int | None = None
 

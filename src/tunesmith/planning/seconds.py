@@ -155,9 +155,11 @@ def layer_seconds(
 
 def other_seconds(model: ModelFacts, work: Work, rates: Rates) -> dict[str, float]:
     """Seconds of what is not a layer: head and embeddings for one micro-batch, the optimizer for one step."""
+    # rows that are read over the link, while nothing is computed
+    read = work.tokens * model.hidden * work.itemsize / rates.host_link if work.host_embedding else 0.0
     return {
         "head": seconds_of(step_amounts.head(model, work), rates),
-        "embeddings": seconds_of(step_amounts.embeddings(model, work), rates),
+        "embeddings": seconds_of(step_amounts.embeddings(model, work), rates) + read,
         "optimizer": seconds_of(step_amounts.optimizer(model, work), rates),
     }
 
@@ -206,35 +208,35 @@ def _records(model: ModelFacts, work: Work, policies: Sequence[str]) -> bool:
     if model.unfused or work.dropout or any(HELD[policy].moved for policy in policies):
         return False
     parameters = sum(layer.matrix_parameters for layer in model.layers) / len(model.layers)
-    return graphs_pay(tokens=work.tokens, layer_parameters=parameters)
+    return graphs_pay(tokens=work.tokens, layer_parameters=parameters, full=work.full)
 
 
 def forward_seconds(layers: Sequence[LayerSeconds]) -> float:
-    """All layers forward: a layer's memory must have left before the one `IN_FLIGHT` copies after it goes on."""
+    """All layers forward: a layer's memory must have left before `IN_FLIGHT` layers after it are done."""
     now = link = 0.0
     leaving: deque[float] = deque()
     for layer in layers:
         now += layer.computing[0]
         if layer.link:
             link = max(link, now) + layer.link
-            leaving.append(link)
-            if len(leaving) > IN_FLIGHT:
-                now = max(now, leaving.popleft())
+        leaving.append(link if layer.link else 0.0)
+        if len(leaving) > IN_FLIGHT:
+            now = max(now, leaving.popleft())
     return now
 
 
 def backward_seconds(layers: Sequence[LayerSeconds]) -> float:
     """All layers backward: each brings itself back, if nobody has, and the one that travelled before it."""
     travelled = [number for number, layer in enumerate(layers) if layer.link]
-    back = dict.fromkeys(travelled[-IN_FLIGHT:], 0.0)  # those have not left yet
+    # those among the last have not left
+    back = {number: 0.0 for number in travelled if number >= len(layers) - IN_FLIGHT}
     now = link = 0.0
     for number in reversed(range(len(layers))):
         if layers[number].link:
-            place = travelled.index(number)
-            for wanted in travelled[max(0, place - 1) : place + 1][::-1]:
+            for wanted in travelled[:-3:-1]:
                 if wanted not in back:
                     link = max(link, now) + layers[wanted].link
                     back[wanted] = link
-            now = max(now, back[number])
+            now = max(now, back[travelled.pop()])
         now += layers[number].computing[1]
     return now

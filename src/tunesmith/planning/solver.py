@@ -15,8 +15,10 @@ is above a target. The target begins a little above the bound of the whole and i
 is then the best. λ is the slope at which the bound is tightest.
 
 Policies that move tensors to the host take time that depends on their neighbours, so layers that have them are
-enumerated: they are the first ones, whose copies have the longest time to come back, under one such policy or two.
-After the last of them the others' time is a sum again.
+enumerated: they are the first ones, whose copies have the longest time to come back, under one such policy or two,
+the leaner one first. After the last of them the others' time is a sum again, and the bytes that are still on their
+way are known. All counts of layers are tried: in steps of a sixteenth, solutions were up to 0.72% slower (450
+budgets of 8B and 70B on four cards), and no more than 0.1 s of 80 layers was saved.
 
 Rejected: a linear program, which gives fractions of layers; and dynamic programming over rounded bytes, which is
 exact up to the rounding only and slower.
@@ -26,14 +28,16 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import combinations, product
+from operator import itemgetter
 
 from tunesmith.planning.bytes import fixed_bytes
 from tunesmith.planning.cards import Rates
-from tunesmith.planning.facts import ModelFacts
-from tunesmith.planning.frame import Frame, Prefix, Way
+from tunesmith.planning.facts import ModelFacts, embedding_stays
+from tunesmith.planning.frame import Frame, Parts, Prefix, Way
 from tunesmith.planning.request import PlanRequest
 
 Chain = tuple[str, "Chain"] | None
@@ -43,9 +47,6 @@ State = tuple[float, float, Chain]
 
 ROUNDING = 1e-12
 """Sums of seconds depend on their order by less than this share."""
-
-GRID = 16
-"""Steps in which counts of layers are tried where two policies move tensors to the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,22 +83,49 @@ def solve(
         device_bytes: that may be used; what the request says of it does not count here.
         beside: bytes on the device that the model's facts do not tell.
     """
+    best: Solution | None = None
+    leanest: list[Frame] = []
+    for placed in _placements(model, request):
+        for frame in _frames(model, placed, rates, device_bytes, beside):
+            best = _faster(frame, placed, device_bytes, best)
+        leanest.append(frame)  # of the fewest rows
+        if best is not None and best.rows == placed.micro_batches()[-1] and _keeps_all(best):
+            break  # room is not what it lacks
+    return best if best is not None else _leanest(leanest, request, device_bytes)
+
+
+def _placements(model: ModelFacts, request: PlanRequest) -> list[PlanRequest]:
+    """The request with the input embedding in each of the places that it allows."""
+    host = replace(request, work=replace(request.work, host_embedding=True))
+    if request.embedding == "auto":
+        return [request] if embedding_stays(model, request.work) else [request, host]
+    return [host if request.embedding == "host" else request]
+
+
+def _frames(
+    model: ModelFacts, request: PlanRequest, rates: Rates, device_bytes: int, beside: int
+) -> Iterator[Frame]:
+    """The step with each size of micro-batch, larger ones first, which are faster where they fit; with the smallest
+    alone where what always stands does not fit."""
     sizes = request.micro_batches()
     fixed = fixed_bytes(model, request.work)
     standing = fixed.weights + fixed.adapter + fixed.optimizer + fixed.gradients + beside
-    best: Solution | None = None
-    for rows in reversed(sizes) if standing <= device_bytes else ():  # larger ones are faster where they fit
-        frame = Frame(model, request, rows, rates, beside)
-        limit = math.inf if best is None else frame.layers_within(best.seconds)
-        for policies in _layouts(frame, request, device_bytes - frame.standing, limit):
-            found = _solution(frame, policies, device_bytes, request.host_bytes)
-            if found.fits and (best is None or _key(found) < _key(best)):
-                best = found
-    return (
-        best
-        if best is not None
-        else _leanest(Frame(model, request, sizes[0], rates, beside), request, device_bytes)
-    )
+    for rows in reversed(sizes if standing <= device_bytes else sizes[:1]):
+        yield Frame(model, request, rows, rates, beside)
+
+
+def _faster(frame: Frame, request: PlanRequest, device_bytes: int, best: Solution | None) -> Solution | None:
+    """The best layout of a frame where it is better than the best of others, else that one."""
+    limit = math.inf if best is None else frame.layers_within(best.seconds)
+    for policies in _layouts(frame, request, device_bytes - frame.standing, limit):
+        found = _solution(frame, policies, device_bytes, request.host_bytes)
+        if found.fits and (best is None or _key(found) < _key(best)):
+            best = found
+    return best
+
+
+def _keeps_all(solution: Solution) -> bool:
+    return set(solution.policies) == {solution.frame.names[0]}
 
 
 def _key(solution: Solution) -> tuple[float, int]:
@@ -110,10 +138,13 @@ def _solution(frame: Frame, policies: Sequence[str], device_bytes: int, host_byt
     return Solution(frame, tuple(policies), frame.step_seconds(policies), peak, host, fits)
 
 
-def _leanest(frame: Frame, request: PlanRequest, device_bytes: int) -> Solution:
+def _leanest(frames: Sequence[Frame], request: PlanRequest, device_bytes: int) -> Solution:
     """The policy of all layers that needs the least of the device, though it does not fit."""
-    names = frame.names if request.policy == "auto" else (request.policy,)
-    every = [_solution(frame, (name,) * frame.count, device_bytes, request.host_bytes) for name in names]
+    every = [
+        _solution(frame, (name,) * frame.count, device_bytes, request.host_bytes)
+        for frame in frames
+        for name in (frame.names if request.policy == "auto" else (request.policy,))
+    ]
     allowed = [one for one in every if request.host_bytes is None or one.host <= request.host_bytes]
     return min(allowed or every, key=lambda one: (one.peak, one.seconds))
 
@@ -135,26 +166,17 @@ def _layouts(frame: Frame, request: PlanRequest, room: int, limit: float) -> Ite
         return
     search = Search(frame, room)
     # what moves nothing is tried first: it may be recorded as CUDA graphs, which the seconds of layers do not tell
-    nothing = Prefix(frame)
-    if search.bound(nothing) < limit:
-        found = search.after(nothing, limit)
-        if found is not None:
-            limit = found[0]
-            yield _lean_first(frame, nothing, found[1], room)
-    waiting = [
-        (search.bound(prefix), number, prefix)
-        for number, prefix in enumerate(_prefixes(frame))
-        if request.host_bytes is None or prefix.host <= request.host_bytes
-    ]
+    found = search.after(Prefix(frame), limit)
+    if found is not None:
+        limit = found[0]
+        yield _lean_first(frame, Prefix(frame), found[1], room)
+    host_bytes = math.inf if request.host_bytes is None else request.host_bytes - frame.table
+    candidates = enumerate(_candidates(frame, search, host_bytes))
+    waiting = [(bound, number, parts) for number, (bound, parts) in candidates if bound < limit]
     heapq.heapify(waiting)
     while waiting and waiting[0][0] < limit:
-        bound, _, prefix = heapq.heappop(waiting)
-        if not prefix.fits(room):
-            continue
-        # what the prefix waits for the link is not in the bound
-        if bound - prefix.least_seconds + prefix.seconds >= limit:
-            continue
-        found = search.after(prefix, limit)
+        prefix = Prefix(frame, heapq.heappop(waiting)[2])
+        found = search.after(prefix, limit) if prefix.fits(room) else None
         if found is not None:
             limit = found[0]
             yield _lean_first(frame, prefix, found[1], room)
@@ -173,19 +195,24 @@ def _lean_first(frame: Frame, prefix: Prefix, rest: Sequence[str], room: int) ->
     return [*prefix.policies, *(ordered if fits else rest)]
 
 
-def _prefixes(frame: Frame) -> Iterator[Prefix]:
-    """First layers that move tensors to the host, under one policy or two, the leaner one first."""
-    count, ways = frame.count, frame.ways[frame.kinds[0]]
+def _candidates(frame: Frame, search: Search, host_bytes: float) -> Iterator[tuple[float, Parts]]:
+    """First layers that move tensors to the host, under one policy or two, the leaner one first; each with seconds
+    that no layout goes below which begins so."""
+    count, ways, sums = frame.count, frame.ways[frame.kinds[0]], frame.sums
     moving = [name for name in frame.names if ways[name].moved]
     moving.sort(key=lambda name: (ways[name].kept, -ways[name].seconds))
-    for name in moving:
-        for first in range(1, count + 1):
-            yield Prefix(frame, ((name, first),))
-    step = -(-count // GRID)
-    for lean, rich in combinations(moving, 2):
-        for first in range(step, count, step):
-            for second in (*range(step, count - first, step), count - first):
-                yield Prefix(frame, ((lean, first), (rich, second)))
+    for lean, first in product(moving, range(1, count + 1)):
+        kept, moved, seconds = (values[first] for values in sums[lean])
+        if moved <= host_bytes:
+            yield search.bound(kept, seconds, first), ((lean, first),)
+    for (lean, rich), first in product(combinations(moving, 2), range(1, count)):
+        of_rich = sums[rich]
+        kept, moved, seconds = (sums[lean][what][first] - of_rich[what][first] for what in range(3))
+        for end in range(first + 1, count + 1):
+            if moved + of_rich[1][end] > host_bytes:
+                break
+            bound = search.bound(kept + of_rich[0][end], seconds + of_rich[2][end], end)
+            yield bound, ((lean, first), (rich, end - first))
 
 
 class Search:
@@ -201,7 +228,7 @@ class Search:
         last = frame.count - 1
         least = min(way.backward for _, way in self._ways[last])
         # all layers hold what they keep at the head, and when the last one goes backward
-        self._most = min(room - frame.around, room - frame.backward[last] - least)
+        self._most = room - max(frame.around, frame.backward[last] + least)
         kinds = [_device_ways(ways) for ways in frame.ways]
         slopes = sorted({slope for ways in kinds for slope in _slopes(ways)})
         self._tails = {slope: self._sums(_priced(slope)) for slope in slopes}
@@ -219,20 +246,24 @@ class Search:
             sums.append(sums[-1] + least[kind])
         return sums[::-1]
 
-    def _tightest(self, prefix: Prefix) -> tuple[float, float]:
-        """(bound of the layers after a prefix, the slope at which it is that tight)."""
-        left, place = self._most - prefix.kept, prefix.count
+    def _tightest(self, kept: float, place: int) -> tuple[float, float]:
+        """(bound of the layers from a place on, the slope at which it is that tight)."""
+        left = self._most - kept
         return max((tail[place] - slope * left, slope) for slope, tail in self._tails.items())
 
-    def bound(self, prefix: Prefix) -> float:
-        """Seconds of all layers that no layout with this prefix goes below; infinite where it does not fit."""
-        if prefix.kept + self._least_kept[prefix.count] > self._most:
+    def bound(self, kept: float, seconds: float, place: int) -> float:
+        """Seconds of all layers that no layout goes below whose layers before a place hold and take so much; infinite
+        where none fits."""
+        if kept + self._least_kept[place] > self._most:
             return math.inf
-        return prefix.least_seconds + self._tightest(prefix)[0]
+        return seconds + self._tightest(kept, place)[0]
 
     def after(self, prefix: Prefix, limit: float) -> tuple[float, list[str]] | None:
         """The fastest layers after a prefix, with the seconds of all; None where none is faster than `limit`."""
-        bound, slope = self._tightest(prefix)
+        # what the prefix waits for the link and what has not left at its end may not have been in a bound before
+        if self.bound(prefix.kept, prefix.seconds, prefix.count) >= limit:
+            return None
+        bound, slope = self._tightest(prefix.kept, prefix.count)
         spreads = [max(s) - min(s) for s in ([w.seconds for _, w in ways] for ways in self._ways)]
         allowance = max(max(spreads) / 4, 1e-9)
         longest, left = self._longest[prefix.count], limit - prefix.seconds
@@ -253,7 +284,7 @@ class Search:
         frame = self._frame
         states: list[State] = [(prefix.kept, 0.0, None)]
         for number in range(prefix.count, frame.count):
-            states = _optima(self._next(number, states, slope, target))
+            states = self._next(number, states, slope, target, prefix.leaving(number))
         most = self._room - frame.around
         fitting = [state for state in states if state[0] <= most]
         if not fitting:
@@ -261,39 +292,44 @@ class Search:
         _, seconds, chain = min(fitting, key=lambda state: (state[1], state[0]))
         return seconds, _unfold(chain)
 
-    def _next(self, number: int, states: Sequence[State], slope: float, target: float) -> Iterator[State]:
-        """What one more layer makes of the states, those left out that do not fit or are beyond the target."""
+    def _next(
+        self, number: int, states: Sequence[State], slope: float, target: float, leaving: int
+    ) -> list[State]:
+        """The states after one more layer, those left out that do not fit, are beyond the target, or that another is
+        better than.
+
+        Args:
+            leaving: bytes of earlier layers that are on their way to the host while it runs forward.
+        """
         frame = self._frame
-        forward_room = self._room - frame.forward[number]
+        forward_room = self._room - frame.forward[number] - leaving
         backward_room = self._room - frame.backward[number]
-        behind = self._tails[slope][number + 1]
         head_room = self._most - self._least_kept[number + 1]
-        target += ROUNDING * abs(target)
+        # seconds + slope · kept, from which the Lagrangian bound differs by what is the same for all
+        most = target + ROUNDING * abs(target) - self._tails[slope][number + 1] + slope * self._most
+        found: list[tuple[float, float, str, Chain]] = []
         for name, way in self._ways[number]:
-            room = min(
-                forward_room - way.forward, backward_room - way.backward - way.kept, head_room - way.kept
-            )
-            for kept, seconds, chain in states:
-                if kept > room:
-                    break  # they are in order
-                now, then = kept + way.kept, seconds + way.seconds
-                if then + behind - slope * (self._most - now) <= target:
-                    yield now, then, (name, chain)
+            more, longer = way.kept, way.seconds
+            room = min(forward_room - way.forward, backward_room - way.backward - more, head_room - more)
+            fitting = states[: bisect_right(states, room, key=itemgetter(0))]
+            left = most - longer - slope * more
+            found += [
+                (kept + more, seconds + longer, name, chain)
+                for kept, seconds, chain in fitting
+                if seconds + slope * kept <= left
+            ]
+        found.sort()  # sorted runs, one for each policy; of two that hold and take the same the names differ
+        best, optima = math.inf, list[State]()
+        for kept, seconds, name, chain in found:
+            if seconds < best:
+                best = seconds
+                optima.append((kept, seconds, (name, chain)))
+        return optima
 
 
 def _priced(slope: float, second: float = 1.0) -> Callable[[Way], float]:
     """What a policy costs where a byte costs `slope`."""
     return lambda way: second * way.seconds + slope * way.kept
-
-
-def _optima(states: Iterator[State]) -> list[State]:
-    """Those that no other is better than, by what they hold."""
-    best, optima = math.inf, []
-    for state in sorted(states, key=lambda state: (state[0], state[1])):
-        if state[1] < best:
-            best = state[1]
-            optima.append(state)
-    return optima
 
 
 def _unfold(chain: Chain) -> list[str]:
