@@ -62,6 +62,24 @@ def test_a_model_of_transformers_and_its_tokenizer(tiny_model_dir: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("asked", "held"),
+    [
+        ({}, "float32"),
+        ({"dtype": torch.float32}, "float32"),
+        ({"dtype": torch.float16}, "float32"),
+        ({"dtype": torch.bfloat16}, "bfloat16"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": torch.bfloat16, "float32_mixed_precision": True}, "float32"),
+    ],
+)
+def test_what_trains_in_full_fine_tuning(tiny_model_dir: Path, asked: dict, held: str, capsys) -> None:
+    model, _ = load(tiny_model_dir, load_in_4bit=None, full_finetuning=True, quiet=False, **asked)
+    assert {str(p.dtype) for p in model.parameters()} == {f"torch.{held}"}
+    assert f"the weights themselves, in {held}" in capsys.readouterr().out
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
     ("asked", "kind"),
     [
         ({}, "Linear4bit"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from functools import partial
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub.utils import build_hf_headers
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import TrainingArguments
 from trl import SFTConfig
 
@@ -20,6 +23,8 @@ from tunesmith.api import memory
 from tunesmith.api.facts import facts_of
 from tunesmith.api.trainer_arguments import MOVED, TRAINING
 from tunesmith.models.attach import attach
+from tunesmith.training.fused_adamw import FusedAdamW
+from tunesmith.training.fused_adamw_8bit import FusedAdamW8bit
 
 
 def rows(count: int = 8) -> Dataset:
@@ -68,6 +73,38 @@ def test_arguments_of_2024(tiny_model_dir: Path, tmp_path: Path) -> None:
     )
     assert (args.dataset_num_proc, args.neftune_noise_alpha, args.hub_token) == (1, 5.0, "secret")
     assert (args.max_steps, args.per_device_train_batch_size) == (2, 2)
+
+
+def test_tokens_of_the_hub_are_in_no_file(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """transformers writes a trainer's arguments as a pickle beside each checkpoint and model, and uploads it."""
+    token = "hf_OfNobodyAtAll"
+    for args in (
+        plain(tmp_path / "0", hub_token=token, save_steps=1),
+        today(tmp_path / "1", hub_token=token, save_steps=1, model_init_kwargs={"token": token}),
+    ):
+        trainer = make(tiny_model_dir, {"token": token}, args=args)
+        trainer.train()
+        trainer.save_model()
+        trainer.model.save_pretrained_merged(Path(args.output_dir) / "merged", trainer.processing_class)
+        # whoever uploads gets it, also from a copy
+        sent = build_hf_headers(token=copy.deepcopy(trainer.args).hub_token)
+        assert sent["authorization"] == f"Bearer {token}"
+        assert token not in str(trainer.args.model_init_kwargs)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.name == "training_args.bin" for path in files) == 6
+    assert not [path for path in files if token.encode() in path.read_bytes()]
+
+
+def test_saved_arguments_load_without_tunesmith(tiny_model_dir: Path, tmp_path: Path) -> None:
+    make(tiny_model_dir, args=plain(tmp_path, hub_token="hf_OfNobodyAtAll")).save_model()
+    program = (
+        "import sys, torch; sys.modules['tunesmith'] = None\n"
+        "args = torch.load('training_args.bin', weights_only=False); print(args.hub_token, args.max_steps)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert run.stdout.split() == ["None", "2"]
 
 
 def test_arguments_of_today(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -281,6 +318,32 @@ def test_full_fine_tuning_trains(tiny_model_dir: Path, tmp_path: Path) -> None:
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     assert all(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("optim", "kind"),
+    [("adamw_torch_fused", FusedAdamW), ("adamw_8bit", FusedAdamW8bit), ("adafactor", None)],
+)
+def test_weights_in_bfloat16_are_rounded_stochastically(
+    tiny_model_dir: Path, tmp_path: Path, capsys, optim: str, kind: type | None
+) -> None:
+    """A step of 1e-5 is less than a sixth of what a weight above 0.01 can move by in bfloat16."""
+    loading = {"load_in_4bit": None, "full_finetuning": True, "dtype": torch.bfloat16, "quiet": False}
+    args = plain(tmp_path, optim=optim, learning_rate=1e-5, weight_decay=0.0, lr_scheduler_type="constant")
+    trainer = make(tiny_model_dir, loading, args=args)
+    said = f"args.optim={optim} rounds to the nearest" in capsys.readouterr().out
+    assert said == (kind is None)
+    if kind is None:
+        return
+    weight = trainer.model.model.layers[0].mlp.up_proj.weight
+    before = weight.detach().clone()
+    trainer.train()
+    assert type(trainer.optimizer.optimizer) is kind
+    share = (weight != before)[before.abs() > 0.01].float().mean()
+    assert 0.02 < share < 0.4  # rounded to the nearest it would be none
+    trainer.save_model(str(tmp_path / "model"))
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
 
 
 def test_a_missing_trl_is_one_sentence() -> None:

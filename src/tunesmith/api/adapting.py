@@ -14,7 +14,7 @@ from tunesmith.api.values import ADAPTED, check_values, names
 from tunesmith.api.wording import in_arguments
 from tunesmith.contracts.errors import UserError
 from tunesmith.models.adapter import add_lora
-from tunesmith.models.adapter_checks import ends_in
+from tunesmith.models.adapter_targets import ALL, ends_in, left_out_rows, taken_for_experts
 from tunesmith.models.vocabulary import trainable_rows
 
 
@@ -109,7 +109,7 @@ def get_peft_model(
     if hasattr(model, "peft_config"):
         _check_same(model, given)
     else:
-        model = _add(model, given)
+        model = _add(model, given, facts)
     equip(model, max_seq_length or model.max_seq_length)
     if max_seq_length is not None:
         note_length(facts, model)
@@ -124,15 +124,17 @@ _OTHER_NAMES = {
 """An argument, and what `add_lora` calls it."""
 
 
-def _add(model: Any, given: Mapping[str, Any]) -> Any:
-    """The model with the adapter that the arguments ask for."""
+def _add(model: Any, given: Mapping[str, Any], facts: Facts) -> Any:
+    """The model with the adapter that the arguments ask for; its facts learn what that leaves out."""
     arguments = {_OTHER_NAMES.get(name, name): value for name, value in given.items()}
     if arguments["targets"] is None:
-        arguments["targets"] = "all-linear"
+        arguments["targets"] = ALL
     if isinstance(ids := arguments["trainable_token_indices"], Sequence):
         arguments["trainable_token_indices"] = trainable_rows(model, ids, arguments["modules_to_save"])
     with in_arguments():
-        return add_lora(model, **arguments)
+        model = add_lora(model, **arguments)
+    facts.left_out = left_out_rows(base_of(model), arguments["targets"])
+    return model
 
 
 def _check_frozen(facts: Facts) -> None:
@@ -182,7 +184,7 @@ def _check_same(model: Any, given: Mapping[str, Any]) -> None:
     modules = dict(base_of(model).named_modules())
     # PEFT's config may hold these in other words than were given, so they are looked up in the model
     adapted = [name for name, module in modules.items() if hasattr(module, "lora_A")]
-    if not _are_targets(adapted, given["target_modules"]):
+    if not _are_targets(base_of(model), adapted, given["target_modules"]):
         raise _other("target_modules", sorted({_last(name) for name in adapted}), given["target_modules"])
     for wanted in given["modules_to_save"]:
         found = [module for name, module in modules.items() if ends_in(name, wanted)]
@@ -190,13 +192,16 @@ def _check_same(model: Any, given: Mapping[str, Any]) -> None:
             raise _other("modules_to_save", config.modules_to_save, given["modules_to_save"])
 
 
-def _are_targets(adapted: Sequence[str], targets: str | Sequence[str] | None) -> bool:
-    """Whether the layers that carry an adapter are those that targets name."""
-    if targets is None or targets == "all-linear":
+def _are_targets(base: Any, adapted: Sequence[str], targets: str | Sequence[str] | None) -> bool:
+    """Whether the layers that carry an adapter are those that targets name; experts have names of PEFT's own."""
+    if targets is None or targets == ALL:
         return True
+    layers = [name for name in adapted if not hasattr(base.get_submodule(name), "parameter_name")]
     if isinstance(targets, str):
-        return all(re.fullmatch(targets, name) for name in adapted)
-    return {_last(name) for name in adapted} == {_last(name) for name in targets}
+        return all(re.fullmatch(targets, name) for name in layers)
+    kind = base.config.model_type
+    named = {_last(name) for name in targets if not taken_for_experts(kind, _last(name))}
+    return {_last(name) for name in layers} == named
 
 
 def _last(name: str) -> str:

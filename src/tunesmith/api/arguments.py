@@ -56,7 +56,7 @@ LOADING: dict[str, Foreign] = {
         "Leave it out and compare its tokens.",
     ),
     "float32_mixed_precision": Foreign(
-        (None, True), "Trained parameters are always float32.", "Leave it out; dtype sets the compute type."
+        (None, True), "What trains is float32; with full_finetuning dtype may say bfloat16.", "Leave it out."
     ),
     "float8_kv_cache": _SERVING,
     "fullgraph": Foreign(None, "Nothing is compiled."),

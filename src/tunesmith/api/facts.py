@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.contracts.errors import UserError
@@ -23,6 +23,7 @@ class Facts:
         quiet: whether nothing is printed about it.
         attached: fused layers and door, once they are on.
         stretched: whether its rotary positions are scaled for longer rows than it was made for.
+        left_out: rows (what, how, why) of what `target_modules` names and an adapter is not on.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Facts:
     quiet: bool
     attached: Attached | None = None
     stretched: bool = False
+    left_out: list[tuple[str, str, str]] = field(default_factory=list)
 
     def say(self, *lines: str) -> None:
         """Print lines for the person who runs the script, unless they asked for silence."""

@@ -50,11 +50,12 @@ def from_pretrained(
         model_name: an id on the Hugging Face hub, a folder, a GGUF file, or an adapter (id or folder), which is
             loaded on its base and trains on.
         max_seq_length: longest row in tokens; `SFTTrainer` cuts there.
-        dtype: compute type; None takes bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU.
+        dtype: compute type; None takes bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU. With
+            `full_finetuning`, bfloat16 is also what the weights train in.
         load_in_4bit: hold linear layers in NF4; None does so unless one of the next three is True.
         load_in_8bit: hold them in 8-bit integers. Not fused.
         load_in_16bit: hold all weights in `dtype`.
-        full_finetuning: train the weights themselves, in float32.
+        full_finetuning: train the weights themselves, in float32 unless `dtype` is given as bfloat16.
         token: for the hub, in place of the login.
         device_map: the device; one device trains, by default the first GPU, else the CPU.
         rope_scaling: `{"rope_type": "linear", "factor": 2.0}` and the like, for rows that are longer than the model
@@ -82,6 +83,7 @@ def from_pretrained(
     held = _held(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning)
     device = _device(device_map)
     compute = choose_dtype(_dtype_name(dtype), device)
+    trained = _trained_dtype(dtype, foreign)
     facts = Facts(str(model_name), full_finetuning, use_gradient_checkpointing, quiet)
     name = _unpacked(str(model_name))
     options = {"attention": attn_implementation, "rope_scaling": rope_scaling}
@@ -91,7 +93,7 @@ def from_pretrained(
             revision,
             held,
             device,
-            compute,
+            trained if held == "full" else compute,
             options,
             {"trust_remote_code": trust_remote_code, "token": token},
         )
@@ -109,13 +111,14 @@ def _load(
     revision: str | None,
     held: str,
     device: torch.device,
-    compute: torch.dtype,
+    dtype: torch.dtype,
     options: dict[str, Any],
     access: dict[str, Any],
 ) -> tuple[Any, Any, bool]:
     """Model, tokenizer, and whether the name was an adapter's.
 
     Args:
+        dtype: of the weights that are not quantised.
         options: of `load_model`.
         access: how the hub is reached and trusted.
     """
@@ -130,7 +133,7 @@ def _load(
     model = load_model(
         base,
         device=device,
-        dtype=torch.float32 if held == "full" else compute,
+        dtype=dtype,
         quantize="none" if held == "full" else held,
         revision=base_revision,
         **options,
@@ -146,7 +149,7 @@ def _load(
         )
     if held == "full":
         _refuse_quantized(model, name)
-        model = train_all(model, (), compute)
+        model = train_all(model, (), trained_dtype=dtype)
     return model, tokenizer, adapter is not None
 
 
@@ -176,6 +179,13 @@ def _dtype_name(dtype: torch.dtype | str | None) -> str:
             hint="Use None, torch.bfloat16, torch.float16 or torch.float32.",
         )
     return name
+
+
+def _trained_dtype(dtype: torch.dtype | str | None, foreign: Mapping[str, Any]) -> torch.dtype:
+    """Type in which weights train that are trained themselves."""
+    if _dtype_name(dtype) != "bfloat16":
+        return torch.float32  # float16 has no room for the updates, nor for gradients without a loss scale
+    return torch.float32 if foreign.get("float32_mixed_precision") else torch.bfloat16
 
 
 def _device(device_map: Any) -> torch.device:

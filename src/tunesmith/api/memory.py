@@ -92,7 +92,7 @@ def fitting(model: Any, attached: Attached, policies: Sequence[str], tokens: int
     parameters = list(model.parameters())
     device = parameters[0].device
     dtype = next(
-        (p.dtype for p in parameters if not p.requires_grad and p.is_floating_point()), torch.float32
+        (p.dtype for p in parameters if not p.requires_grad and p.is_floating_point()), parameters[0].dtype
     )
     free = psutil.virtual_memory().available
     if device.type == "cuda":

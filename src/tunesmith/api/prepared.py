@@ -35,7 +35,7 @@ def put_on(model: Any, facts: Facts, checkpointing: Any) -> None:
     facts.checkpointing = checkpointing
     facts.attached = attach_with(model, checkpointing, tokens=model.max_seq_length)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rows = [("trained", f"{trained:,} parameters", _what_trains(model, facts))]
+    rows = [("trained", f"{trained:,} parameters", _what_trains(model, facts)), *facts.left_out]
     rows += facts.attached.table()
     if facts.attached.installed is None:
         rows.append(("decoder layers", "stock", "fused layers need a GPU"))
@@ -50,7 +50,7 @@ def put_on(model: Any, facts: Facts, checkpointing: Any) -> None:
 
 def _what_trains(model: Any, facts: Facts) -> str:
     if facts.full:
-        return "the weights themselves"
+        return f"the weights themselves, in {str(base_of(model).dtype).removeprefix('torch.')}"
     config = model.peft_config[model.active_adapters[0]]
     # a module that is tied to another stands there twice, under its own name and its path
     whole = dict.fromkeys(name.rsplit(".", 1)[-1] for name in config.modules_to_save or ())

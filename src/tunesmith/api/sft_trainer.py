@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.training_args import OptimizerNames
 
 from tunesmith.api import silence  # noqa: F401  what TRL imports speaks
 from tunesmith.api.arguments import check_foreign
 from tunesmith.api.facts import Facts, facts_of
 from tunesmith.api.memory import fit_policy, policies_of
 from tunesmith.contracts.errors import UserError
+from tunesmith.training.fused_adamw import FusedAdamW
+from tunesmith.training.fused_adamw_8bit import FusedAdamW8bit
 from tunesmith.training.groups import parameter_groups
 
 try:
@@ -109,13 +113,15 @@ class SFTTrainer(TrlTrainer):
                 parameter.data = data.to(parameter.device)
         if facts is not None:
             _fit(model, facts, config)
+            _say_if_rounded(model, facts, config)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer of `args`, with the rates of LoRA+ and of embeddings."""
+        """The optimizer of `args`, with the rates of LoRA+ and of embeddings; bfloat16 is rounded stochastically."""
         loraplus, embedding = self._rates
-        if self.optimizer is None and (loraplus is not None or embedding is not None):
+        trained: Any = self.model if model is None else model
+        rounding = _ROUNDING.get(OptimizerNames(self.args.optim)) if _in_bfloat16(trained) else None
+        if self.optimizer is None and (loraplus is not None or embedding is not None or rounding is not None):
             rate = self.args.learning_rate
-            trained: Any = self.model if model is None else model
             groups = parameter_groups(
                 trained,
                 self.args.weight_decay,
@@ -134,9 +140,33 @@ class SFTTrainer(TrlTrainer):
                     "loraplus_lr_ratio nor embedding_learning_rate is possible.",
                     hint="Use adamw_torch or adamw_8bit.",
                 )
+            if rounding is not None:
+                kind, options = rounding, {name: options[name] for name in ("lr", "betas", "eps")}
             self.optimizer = kind(groups, **options)
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
+
+
+_ROUNDING: dict[OptimizerNames, Callable[..., torch.optim.Optimizer]] = {
+    OptimizerNames.ADAMW_TORCH: FusedAdamW,
+    OptimizerNames.ADAMW_TORCH_FUSED: FusedAdamW,
+    OptimizerNames.ADAMW_8BIT: FusedAdamW8bit,
+    OptimizerNames.ADAMW_BNB: FusedAdamW8bit,
+}
+"""An `optim`, and what computes the same and rounds weights in bfloat16 stochastically."""
+
+
+def _in_bfloat16(model: Any) -> bool:
+    return any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+def _say_if_rounded(model: Any, facts: Facts, config: Any) -> None:
+    if _in_bfloat16(model) and OptimizerNames(config.optim) not in _ROUNDING:
+        name = OptimizerNames(config.optim).value
+        facts.say(
+            f"tunesmith: the weights train in bfloat16, which args.optim={name} rounds to the nearest: small steps "
+            "are lost. adamw_torch and adamw_8bit round stochastically."
+        )
 
 
 def _check_model(model: Any) -> None:

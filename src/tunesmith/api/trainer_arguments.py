@@ -16,6 +16,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from tunesmith.api.arguments import Foreign
 from tunesmith.api.facts import Facts, base_of
+from tunesmith.api.kept_out import kept_out
 from tunesmith.contracts.errors import UserError
 
 MOVED: dict[str, str] = {
@@ -47,7 +48,7 @@ def _values(args: TrainingArguments) -> dict[str, Any]:
     values: dict[str, Any] = args.to_dict()
     hidden = {field.name for field in fields(args) if field.name.endswith("_token")}  # `to_dict` masks them
     return {
-        name: getattr(args, name) if name in hidden else value
+        name: kept_out(name, getattr(args, name) if name in hidden else value)
         for name, value in values.items()
         if name in {field.name for field in fields(args) if field.init}
     }

@@ -27,9 +27,8 @@ from tunesmith.models.adapter_checks import (
     check_saved,
     check_start,
     check_targets,
-    ends_in,
-    linear_names,
 )
+from tunesmith.models.adapter_targets import ALL, ends_in, for_peft
 from tunesmith.models.loftq import start_from_rounding
 from tunesmith.models.vocabulary import embedding_name, widen_for
 
@@ -52,8 +51,8 @@ def add_lora(
     """Freeze `model` and put a fresh LoRA adapter on it; unless told otherwise, the first loss is the model's own.
 
     Args:
-        targets: `all-linear` (every linear layer but the head), name endings, or a regular expression that a layer's
-            whole name matches.
+        targets: `all-linear` (every linear layer but the head and what `adapter_targets` leaves out), name endings,
+            or a regular expression that a layer's whole name matches.
         init_lora_weights: True (B is zero), `gaussian`, `pissa`, `olora`, or `loftq`, which makes up for what a 4-bit
             base lost by rounding.
         modules_to_save: name endings of modules that train whole beside the adapter: `embed_tokens`, `lm_head`.
@@ -108,9 +107,9 @@ def add_lora(
 
 
 def _targets(model: Any, targets: str | Sequence[str], layers: Any) -> str | list[str]:
-    """Targets as PEFT takes them: beside numbers of layers it wants names."""
-    if targets == "all-linear" and layers is not None:
-        return linear_names(model)
+    """Targets as PEFT takes them."""
+    if targets == ALL:
+        return for_peft(model, layers)
     return targets if isinstance(targets, str) else list(targets)
 
 
@@ -146,7 +145,8 @@ def _in_float32(model: Any) -> Any:
     """What trains in float32; PEFT widens the adapter alone, not what trains whole beside it.
 
     Trained embeddings give hidden states of their own type, and a trained head takes none but its own: both are
-    brought together with the type of the frozen layers, which without autocast would not compute.
+    brought together with the type of the frozen layers, which without autocast would not compute. Where rows of them
+    train alone, PEFT puts these into the frozen matrix in the type of that.
     """
     _show_bias(model)
     base = model.get_base_model()
@@ -161,6 +161,8 @@ def _in_float32(model: Any) -> Any:
         return model
     if any(parameter.requires_grad for parameter in embeddings.parameters()):
         embeddings.register_forward_hook(lambda _, __, output: output.to(compute))
+    if hasattr(head, "token_adapter"):
+        return model
     if head is not None and any(parameter.requires_grad for parameter in head.parameters()):
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
     return model
@@ -208,7 +210,22 @@ def load_lora(model: Any, path: str, *, assign: bool = False) -> Any:
     if kind != PeftType.LORA:
         raise UserError(f"adapter.path: the adapter in {folder} is {kind}, and only LoRA can be continued.")
     _check_complete(loaded, folder)
-    return _in_float32(loaded)
+    rounded = any(p.requires_grad and p.dtype != torch.float32 for p in loaded.parameters())
+    loaded = _in_float32(loaded)
+    if rounded and not assign:
+        _read_again(loaded, folder)
+    return loaded
+
+
+def _read_again(model: Any, folder: Path) -> None:
+    """Give what trains beside the adapter's matrices its values in float32.
+
+    PEFT has copied them from the file into copies of the base's modules, and so rounded them to the type of those.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    weights = load_peft_weights(str(folder), device="cpu")
+    set_peft_model_state_dict(model, {name: value for name, value in weights.items() if ".lora_" not in name})
 
 
 def _rows_in(folder: Path, embeddings: str) -> int:

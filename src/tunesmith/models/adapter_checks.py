@@ -12,9 +12,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from tunesmith.contracts.errors import UserError
+from tunesmith.models.adapter_targets import (
+    ALL,
+    all_linear,
+    ends_in,
+    gives_a_product,
+    stacked_experts,
+    taken_for_experts,
+)
 
 STARTS = ("gaussian", "pissa", "olora", "loftq")
 """Values of `init_lora_weights` by name; True and False besides."""
@@ -43,11 +50,6 @@ def linear_names(model: nn.Module) -> list[str]:
     return sorted(names)
 
 
-def ends_in(name: str, ending: str) -> bool:
-    """Whether a module's name is `ending` or ends in it after a dot."""
-    return name == ending or name.endswith(f".{ending}")
-
-
 def _near(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}."
@@ -60,9 +62,8 @@ def check_targets(model: nn.Module, targets: str | Sequence[str]) -> set[str]:
         UserError: with the nearest name.
     """
     head = _head(model)
-    if targets == "all-linear":  # GPT-2 has its linear layers as Conv1D
-        kinds = (nn.Linear, Conv1D)
-        return {name for name, m in model.named_modules() if isinstance(m, kinds) and m is not head}
+    if targets == ALL:
+        return all_linear(model)
     modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if isinstance(targets, str):
         matched = _matching(targets, modules, "adapter.targets")
@@ -70,19 +71,31 @@ def check_targets(model: nn.Module, targets: str | Sequence[str]) -> set[str]:
         matched = set()
         for target in targets:
             found = {name for name in modules if ends_in(name, target)}
-            if not found:
+            if not found and not _names_experts(model, target):
                 raise UserError(
                     f"adapter.targets: no linear layer of {type(model).__name__} is called {target!r}.",
                     hint=_near(target, linear_names(model)),
                 )
             matched |= found
-    for name in matched:
+    for name in sorted(matched):
         if modules[name] is head:
             raise UserError(
                 f"adapter.targets: {name} is the language-model head, which an adapter cannot be put on.",
                 hint="Leave it out; modules_to_save trains it whole.",
             )
+        if not gives_a_product(modules[name]):
+            raise UserError(
+                f"adapter.targets: {name} is a {type(modules[name]).__name__}, which computes more than a product, "
+                "and an adapter cannot stand on it.",
+                hint="Leave it out, or use all-linear, which does.",
+            )
     return matched
+
+
+def _names_experts(model: Any, target: str) -> bool:
+    """Whether a target that no layer is called is what PEFT knows experts by that are in one tensor."""
+    known = taken_for_experts(model.config.model_type, target.rpartition(".")[2])
+    return known and bool(stacked_experts(model))
 
 
 def check_patterns(setting: str, patterns: Iterable[str], targeted: set[str]) -> None:

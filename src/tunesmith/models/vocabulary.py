@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tunesmith.contracts.errors import UserError
-from tunesmith.models.adapter_checks import ends_in
+from tunesmith.models.adapter_targets import ends_in
 
 
 def extend_tokenizer(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
