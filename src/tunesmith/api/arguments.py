@@ -69,7 +69,7 @@ LOADING: dict[str, Foreign] = {
     "max_lora_rank": Foreign((8, 16, 32, 64, 128, None), _SERVING.reason, "Leave it out; any rank trains."),
     "offload_embedding": Foreign(
         (False, None),
-        "Embeddings stay on the device.",
+        "Embeddings stay on the device; memory.embedding of a run file moves them.",
         _LEANEST,
     ),
     "qat_scheme": Foreign(
