@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tunesmith._elsewhere import INSTEAD
 from tunesmith._version import __version__
 
 if TYPE_CHECKING:
@@ -56,8 +57,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name from its module on first use."""
+    """Load a public name from its module on first use.
+
+    Raises:
+        ImportError: another library has the name; the only error whose words an import statement shows.
+    """
     if name not in _LAZY:
+        if name in INSTEAD:
+            raise ImportError(f"tunesmith has no {name}. {INSTEAD[name]}")
         raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
     from importlib import import_module
 
