@@ -36,6 +36,8 @@ LEFT_OUT = {
     "python benchmarks/compare.py": "needs a GPU and minutes",
     "python benchmarks/compare.py --table": "reads what the one before measured",
     "python benchmarks/compare.py --bars": "reads what the one before measured",
+    "python benchmarks/plans.py --budgets 0.92 8 12 16 24 32 --policies keep recompute": "needs a GPU",
+    "python benchmarks/plans.py --table --picture curve.png": "reads what the one before measured",
     "tunesmith data check https://example.org/data/train.jsonl.gz --model org/model": (
         "needs a network; tests/data/ reads addresses from a server of its own"
     ),

@@ -198,6 +198,8 @@ BOMBS = [
     "{{ [1] | tojson(indent=999999999) }}",
     "{{ lipsum(n=999999) }}",
     "{% set n = namespace(x=10) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x }}",
+]
+LONG = [
     "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "{% for i in range(10000) %}{% for j in range(10000) %}{% endfor %}{% endfor %}",
 ]
@@ -212,6 +214,12 @@ def test_text_that_grows_inside_a_template_is_stopped_before_it_is_made(bomb: st
         assert tracemalloc.get_traced_memory()[1] < 1.2e9
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("bomb", LONG)
+def test_a_template_that_does_not_end_is_stopped(bomb: str) -> None:
+    with pytest.raises(RowProblem, match="template error"):
+        ChatTemplate(bomb).render([{"role": "user", "content": "x"}])
 
 
 def test_what_is_bounded_still_computes_as_jinja_does() -> None:

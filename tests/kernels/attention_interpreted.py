@@ -67,14 +67,18 @@ def test_every_kind_of_scores(scores, cut, monkeypatch, launches):
     assert launches == ["_forward_kernel", "_query_gradient_kernel", "_key_gradient_kernel"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])
 def test_groups_of_heads(groups, dtype, monkeypatch):
     _cut(monkeypatch, WIDE)
     _check(Heads(8, 8 // groups, 16), (37, 3), Scores(window=20), dtype, room=4)
 
 
-@pytest.mark.parametrize("size", [8, 64, 72, 80, 96, 128, 256])
+@pytest.mark.parametrize(
+    "size", [8, 72, 128, *(pytest.param(size, marks=pytest.mark.slow) for size in (64, 80, 96, 256))]
+)
 def test_head_sizes(size, monkeypatch):
     _cut(monkeypatch, WIDE)
     _check(Heads(2, 1, size), (37, 3), Scores(scale=0.1, softcap=4.0), torch.bfloat16, room=3)

@@ -22,6 +22,12 @@ def test_attention_in_the_interpreter():
     run_in_interpreter("tests/kernels/attention_interpreted.py")
 
 
+@pytest.mark.slow
+def test_more_of_attention_in_the_interpreter():
+    pytest.importorskip("triton")
+    run_in_interpreter("tests/kernels/attention_interpreted.py", "-m", "slow")
+
+
 def _documents(*lengths: int) -> Documents:
     return Documents(lengths, torch.tensor([0, *lengths]).cumsum(0).to(torch.int32))
 

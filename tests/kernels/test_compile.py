@@ -44,7 +44,7 @@ def _launches(
     return found
 
 
-LONG = ("packed_attention", "packed_attention_backward")
+LONG = (*FITTED, "glu_backward_")
 """They take ptxas ten to thirty seconds each: most of their variants are compiled by hand."""
 
 
