@@ -320,6 +320,8 @@ def test_each_setting_counts(asked, run_file, override, seen):
         ("H100-80GB", ("model.name=HuggingFaceTB/SmolLM2-135M",), 4),
         ("H100-80GB", ("model.name=HuggingFaceTB/SmolLM2-135M", "model.dtype=bfloat16"), 2),
         ("V100-32GB", (), 4),  # it has no bfloat16
+        ("V100-32GB", ("model.dtype=bfloat16",), 2),  # and computes in it where it is asked to, slowly
+        ("H100-80GB", ("model.dtype=float16",), 4),
     ],
 )
 def test_full_fine_tuning_trains_weights_in_the_type_that_a_run_takes(asked, run_file, gpu, more, itemsize):
@@ -356,7 +358,10 @@ def test_the_rank_of_an_adapter_that_is_continued_is_its_own(asked, run_file, tm
             "memory.budget='100 GB'",
             "memory.budget is 93.1 GiB, and the card has 79.1: all of it is planned with",
         ),
-        ("model.name=mistralai/Mixtral-8x7B-v0.1", "Of its experts those that one token meets are counted"),
+        (
+            "model.name=mistralai/Mixtral-8x7B-v0.1",
+            "model.quantize leaves them as they are, and all-linear puts",
+        ),
     ],
 )
 def test_what_the_plan_does_not_know_is_said(asked, run_file, capsys, override, note):
@@ -365,6 +370,29 @@ def test_what_the_plan_does_not_know_is_said(asked, run_file, capsys, override, 
 
     assert note in text
     assert note not in plain
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        ("all-linear", False),
+        ("[q_proj, o_proj]", False),
+        ("[q_proj, down_proj]", True),
+        ("[q_proj, w1, w2, w3]", True),
+        (r"'.*_proj'", True),
+    ],
+)
+def test_adapters_that_targets_put_on_experts_are_said_not_to_be_counted(
+    asked, run_file, capsys, targets, said
+):
+    override = f"adapter.targets={targets}"
+    _, text = printed(capsys, run_file, "model.name=mistralai/Mixtral-8x7B-v0.1", override)
+    assert ("Adapters that adapter.targets puts on experts by name are not counted" in text) == said
+    _, text = printed(
+        capsys, run_file, "adapter.kind=none", "model.name=mistralai/Mixtral-8x7B-v0.1", "model.quantize=none"
+    )
+    assert "and the others as weights." in text
+    assert "model.quantize leaves them" not in text
 
 
 @pytest.mark.parametrize(
@@ -529,7 +557,9 @@ def test_positions_that_are_stretched_are_no_remark(asked, run_file, capsys):
 
 
 def test_the_card_of_this_machine_is_taken_where_there_is_one(asked, run_file, capsys, monkeypatch):
-    monkeypatch.setattr(plan_card, "ask_nvidia_smi", lambda: [{"name": "NVIDIA GeForce RTX 4090"}])
+    monkeypatch.setattr(
+        plan_card, "ask_nvidia_smi", lambda: [{"name": "NVIDIA GeForce RTX 4090", "memory.total": "24564"}]
+    )
     _, text = printed(capsys, run_file)
 
     assert "RTX-4090" in text
@@ -544,10 +574,12 @@ def test_a_card_that_is_not_in_the_table_is_a_sentence(run_file, capsys, monkeyp
     assert code == 2
     assert "There is no GPU called 'voodoo 2'" in text
 
-    monkeypatch.setattr(plan_card, "ask_nvidia_smi", lambda: [{"name": "NVIDIA Riva TNT"}])
+    monkeypatch.setattr(
+        plan_card, "ask_nvidia_smi", lambda: [{"name": "NVIDIA Riva TNT", "memory.total": "16"}]
+    )
     code, text = printed(capsys, run_file)
     assert code == 2
-    assert "This machine's NVIDIA Riva TNT is not in the table of cards." in text
+    assert "This machine's GPU cannot be planned for. There is no GPU called 'NVIDIA Riva TNT'" in text
 
 
 # ---------------------------------------------------------------------- the picture

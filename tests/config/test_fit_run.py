@@ -206,6 +206,18 @@ def test_what_others_hold_of_the_card_is_not_in_the_budget():
     assert Room(24 * GIB, 23.5 * GIB, 0).budget(500.0 * GIB) == 23.5 * GIB
 
 
+def test_memory_tells_apart_cards_that_are_called_the_same(monkeypatch):
+    def of(gib: float) -> str:
+        said = SimpleNamespace(
+            name="NVIDIA GeForce RTX 4060 Ti", total_memory=int(gib * GIB), major=8, minor=9
+        )
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: said)
+        return fit_run.card_of(torch.device("cuda", 0)).name
+
+    assert of(7.6) == "RTX-4060-TI-8GB"
+    assert of(15.6) == "RTX-4060-TI-16GB"
+
+
 # ---------------------------------------------------------------- leaner layouts
 
 

@@ -6,16 +6,20 @@ from dataclasses import replace
 
 import pytest
 
+from tunesmith.planning import plan as planning
 from tunesmith.planning.bytes import LIBRARIES, fixed_bytes, head_rows, peak_bytes, timeline
 from tunesmith.planning.cards import CARDS
 from tunesmith.planning.facts import ModelFacts, Work
 from tunesmith.planning.known_models import published_config
 from tunesmith.planning.plan import PARTS, Plan, PlanRequest, make_plan
 from tunesmith.planning.read_facts import read_facts
+from tunesmith.planning.request import settled
 from tunesmith.planning.seconds import step_seconds
+from tunesmith.planning.solver import solve
 
 GIB = 2**30
 EIGHT = read_facts(published_config("meta-llama/Llama-3.1-8B") or {}, "8B")
+FOUR = read_facts(published_config("Qwen/Qwen3-4B") or {}, "4B")
 SMALL = read_facts(published_config("HuggingFaceTB/SmolLM2-135M") or {}, "135M")
 
 
@@ -153,6 +157,63 @@ def test_an_embedding_that_is_in_the_way_is_left_to_the_plan_first():
     assert plan.parts["weights"] - moved.parts["weights"] == EIGHT.table_parameters * 2
 
 
+def test_a_batch_and_a_run_in_tokens_stay_as_long_with_shorter_rows():
+    request = replace(asked(rows=8, steps=100), batch_tokens=30_000, run_tokens=3_200_000)
+    half = request.of_length(2048)
+    assert (half.rows, half.steps) == (15, 105)  # 30,000 / 2,048 = 14.6; 3,200,000 / (15 x 2,048) = 104.2
+    assert (half.work.documents, half.work.supervised) == ((2048,), 2048)
+    rows = asked(rows=8, steps=100).of_length(2048)
+    assert (rows.rows, rows.steps) == (8, 100)
+
+
+@pytest.mark.parametrize(
+    ("trained_in", "card", "optimizer", "itemsize"),
+    [
+        ("auto", "H100-80GB", "adamw_8bit", 4),  # of 4 billion parameters 10 bytes each
+        ("auto", "RTX-4090", "adamw_8bit", 2),
+        ("auto", "RTX-4090", "adafactor", 4),  # it does not round
+        ("auto", "V100-32GB", "adamw_8bit", 4),  # it has no bfloat16
+        ("bfloat16", "H100-80GB", "adamw_8bit", 2),
+        ("float32", "RTX-4090", "adamw_8bit", 4),
+    ],
+)
+def test_what_weights_train_in_is_the_cards_own(trained_in, card, optimizer, itemsize):
+    work = {"rank": 0, "adapted": (), "optimizer": optimizer}
+    request = asked(card, work=work, trained_in=trained_in)
+    assert settled(FOUR, request).work.trained_itemsize == itemsize
+    assert make_plan(FOUR, request).parts["weights"] == pytest.approx(itemsize * FOUR.parameters, rel=0.01)
+
+
+def test_what_becomes_of_weights_on_another_card_is_said():
+    """On a 4090 4 billion weights train in bfloat16, on an A100 of 80 GB in float32."""
+    request = asked("RTX-4090", work={"rank": 0, "adapted": (), "optimizer": "adamw_8bit"}, trained_in="auto")
+    names = [other.what for other in make_plan(FOUR, request).nearest]
+    assert names[-1] == "RTX-5090"
+    names = [other.what for other in make_plan(FOUR, replace(request, card="RTX-5090")).alternatives]
+    assert names[0] == "A100-40GB"
+    names = [other.what for other in make_plan(FOUR, replace(request, card="L40S")).alternatives]
+    assert names[0] == "H100-80GB, weights in float32"
+
+
+def test_smaller_moments_may_make_weights_larger():
+    """On an L40S 3 billion weights with AdamW's moments train in bfloat16, and with moments in 8 bits in float32."""
+    model = read_facts(published_config("Qwen/Qwen2.5-3B") or {}, "3B")
+    request = asked("L40S", work={"rank": 0, "adapted": ()}, trained_in="auto", length=512, budget=28 * GIB)
+    plan = make_plan(model, request)
+    assert not plan.fits
+    assert plan.nearest[0].settings == ("train.optimizer=adamw_8bit", "model.dtype=bfloat16")
+
+
+def test_cards_without_bfloat16_are_not_told_to_train_in_it():
+    request = asked(
+        "V100-32GB", work={"rank": 0, "adapted": (), "optimizer": "adamw_8bit"}, trained_in="auto"
+    )
+    plan = make_plan(FOUR, request)
+    assert not plan.fits
+    assert not any("model.dtype=bfloat16" in other.settings for other in plan.nearest)
+    assert not any("bfloat16" in other.what for other in plan.nearest if other.settings)
+
+
 def test_the_next_larger_card_is_no_slower():
     for name in ("H100-80GB", "RTX-4090", "A100-40GB"):
         (larger, *_) = make_plan(SMALL, asked(name, work={})).alternatives
@@ -180,6 +241,29 @@ def test_where_nothing_fits_nothing_is_advised_but_a_card():
     plan = make_plan(seventy, asked("L4", work={}))
     assert [other.what for other in plan.nearest] == ["B200"]
     assert not make_plan(seventy, asked("L4", work={}, budget=20 * GIB)).nearest
+
+
+def test_what_is_too_large_by_its_weights_is_not_laid_out(monkeypatch):
+    laid_out = []
+
+    def watched(facts, request, *others):
+        laid_out.append((request.card, request.work.quantize))
+        return solve(facts, request, *others)
+
+    monkeypatch.setattr(planning, "solve", watched)
+    seventy = read_facts(published_config("meta-llama/Llama-3.1-70B") or {}, "70B")
+    make_plan(seventy, asked("L4", work={}))
+    assert laid_out == [("L4", "none"), ("B200", "none")]
+
+
+def test_a_table_that_can_move_to_the_host_is_not_in_the_way():
+    """The weights are too large for the budget by less than the input embedding is."""
+    request = asked("RTX-4090", work={"rank": 16}, length=512, rows=1)
+    held = fixed_bytes(EIGHT, request.work).weights + 2**30
+    table = EIGHT.table_parameters * 2
+    plan = make_plan(EIGHT, replace(request, embedding="device", budget=held - table // 2))
+    assert not plan.fits
+    assert plan.nearest[0].settings == ("memory.embedding=auto",)
 
 
 def test_a_small_model_keeps_everything_in_large_micro_batches():

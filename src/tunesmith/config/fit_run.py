@@ -77,7 +77,7 @@ def card_of(device: torch.device) -> Card:
     """The row of `CARDS` for a device; of one that has none the row that is most like it."""
     properties = torch.cuda.get_device_properties(device)
     try:
-        return find_card(properties.name)
+        return find_card(properties.name, properties.total_memory)
     except UserError:
         capability = properties.major + properties.minor / 10
 

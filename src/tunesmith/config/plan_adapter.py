@@ -30,11 +30,13 @@ class Adapted(NamedTuple):
         rank: of its matrices, 0 where all weights train.
         groups: of `GROUPS`, that carry it.
         parts: whether only some of a group's projections do, or only some layers.
+        beyond: whether names are given that are not of attention, by which PEFT also finds experts in one tensor.
     """
 
     rank: int
     groups: tuple[str, ...]
     parts: bool = False
+    beyond: bool = False
 
 
 def adapted_groups(adapter: AdapterSettings, facts: ModelFacts) -> Adapted:
@@ -63,7 +65,14 @@ def adapted_groups(adapter: AdapterSettings, facts: ModelFacts) -> Adapted:
             else "Use all-linear.",
         )
     known_names = facts.model_type in ARCHITECTURES
-    return Adapted(rank, groups, known_names and any(len(hit[group]) < len(names[group]) for group in groups))
+    parts = known_names and any(len(hit[group]) < len(names[group]) for group in groups)
+    return Adapted(rank, groups, parts, _beyond_attention(targets))
+
+
+def _beyond_attention(targets: str | Sequence[str]) -> bool:
+    """Whether targets may mean more than the projections of attention."""
+    attention = (*_USUAL_NAMES["qkv"], *_USUAL_NAMES["output"])
+    return isinstance(targets, str) or any(target.rpartition(".")[2] not in attention for target in targets)
 
 
 def _saved(path: str) -> tuple[int, str | Sequence[str]]:

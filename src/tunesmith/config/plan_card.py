@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tunesmith.config.nvidia_smi import ask_nvidia_smi
@@ -35,20 +36,32 @@ def choose_card(gpu: str | None) -> ChosenCard:
         gpu: as people, torch or nvidia-smi call it.
 
     Raises:
-        UserError: the table has no such card.
+        UserError: the table has no such card, or several that are called so.
     """
     if gpu is not None:
         return ChosenCard(find_card(gpu))
     here = ask_nvidia_smi()
     if not here:
         return ChosenCard(CARDS[USUAL], "no GPU is here; name another with --gpu")
-    try:
-        card = find_card(here[0]["name"])
-    except UserError:
-        raise UserError(
-            f"This machine's {here[0]['name']} is not in the table of cards.",
-            hint=f"Name the one that is most like it with --gpu: {', '.join(CARDS)}.",
-        ) from None
     import psutil
 
-    return ChosenCard(card, "this machine's", pinnable(psutil.virtual_memory().available))
+    return ChosenCard(_card_of(here[0]), "this machine's", pinnable(psutil.virtual_memory().available))
+
+
+def _card_of(gpu: Mapping[str, str]) -> Card:
+    """The row of `CARDS` for a GPU of this machine.
+
+    Args:
+        gpu: a row of `ask_nvidia_smi`.
+
+    Raises:
+        UserError: the table has no such card, or several that neither its name nor its memory tells apart.
+    """
+    mebibytes = gpu["memory.total"]  # no number where memory is the processor's
+    try:
+        return find_card(gpu["name"], int(mebibytes) * 2**20 if mebibytes.isdecimal() else None)
+    except UserError as error:
+        raise UserError(
+            f"This machine's GPU cannot be planned for. {error.message}",
+            hint=f"{error.hint} --gpu NAME plans for the card that it names.",
+        ) from None

@@ -15,14 +15,11 @@ from tunesmith.contracts.errors import UserError
 from tunesmith.contracts.visible import visible
 from tunesmith.planning.cards import Card
 from tunesmith.planning.facts import ModelFacts, Work, embedding_stays
-from tunesmith.planning.fit import ROUNDING, fits_in_float32
 from tunesmith.planning.plan import Plan, PlanRequest, make_plan
 from tunesmith.planning.read_facts import read_facts
+from tunesmith.planning.request import BFLOAT16, settled
 from tunesmith.settings.quantities import share_or_bytes, tokens_of
 from tunesmith.settings.run import RunSettings
-
-BFLOAT16 = (8, 0)
-"""The compute capability from which on a card has bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +73,8 @@ def plan_run(settings: RunSettings, card: Card, host_bytes: int | None = None) -
         plan=make_plan(facts, request),
         notes=(
             *_notes(settings, facts, adapted),
-            *_notes_of_weights(facts, _published_as(found), quantize),
+            *_notes_of_weights(_published_as(found), quantize),
+            *_notes_of_experts(facts, adapted),
             *_notes_of_card(settings, card, request),
         ),
     )
@@ -102,7 +100,7 @@ def make_request(
 
     A row is taken to be full, one document long, and supervised throughout: the most that it can take.
     """
-    train = settings.train
+    train, dtype = settings.train, settings.model.dtype
     length = train.sequence_length
     work = Work(
         documents=(length,),
@@ -112,31 +110,23 @@ def make_request(
         adapted=adapted.groups,
         dropout=adapted.rank > 0 and settings.adapter.dropout > 0,
         optimizer=train.optimizer,
-        itemsize=4 if settings.model.dtype == "float32" else 2,
-        trained_itemsize=_trained_itemsize(settings, facts, card),
+        itemsize=4 if dtype == "float32" else 2,
     )
-    batch_tokens = tokens_of(train.global_batch)
-    rows = train.global_batch if isinstance(train.global_batch, int) else -(-(batch_tokens or 1) // length)
-    return PlanRequest(
+    request = PlanRequest(
         card=card.name,
         work=work,
-        rows=rows,
-        steps=_steps(settings, rows * length),
+        rows=train.global_batch if isinstance(train.global_batch, int) else 1,
+        steps=train.steps if isinstance(train.steps, int) else None,
+        batch_tokens=tokens_of(train.global_batch),
+        run_tokens=tokens_of(train.steps),
+        trained_in=dtype if dtype in ("auto", "bfloat16") else "float32",
         micro_batch=train.micro_batch if isinstance(train.micro_batch, int) else None,
         policy=settings.memory.policy,
         embedding=settings.memory.embedding,
         budget=share_or_bytes(settings.memory.budget),
         host_bytes=host_bytes,
     )
-
-
-def _steps(settings: RunSettings, step_tokens: int) -> int | None:
-    """Optimizer steps of the run, None where only the data tells."""
-    steps = settings.train.steps
-    tokens = tokens_of(steps)
-    if tokens is not None:
-        return -(-tokens // step_tokens)
-    return steps if isinstance(steps, int) else None
+    return settled(facts, request.of_length(length))
 
 
 def _computes(settings: RunSettings, card: Card) -> str:
@@ -144,19 +134,6 @@ def _computes(settings: RunSettings, card: Card) -> str:
     if settings.model.dtype != "auto":
         return settings.model.dtype
     return "bfloat16" if card.capability >= BFLOAT16 else "float16"
-
-
-def _trained_itemsize(settings: RunSettings, facts: ModelFacts, card: Card) -> int:
-    """Bytes of a trained parameter, as `config.make_model.weights_dtype` decides for full fine-tuning."""
-    model, optimizer = settings.model, settings.train.optimizer
-    if settings.adapter.kind != "none" or optimizer not in ROUNDING or card.capability < BFLOAT16:
-        return 4
-    if model.dtype != "auto":
-        return 2 if model.dtype == "bfloat16" else 4
-    fits = fits_in_float32(
-        trained=facts.parameters, frozen_bytes=0, optimizer=optimizer, device_bytes=card.memory_bytes
-    )
-    return 4 if fits else 2
 
 
 def _held_as(found: FoundConfig) -> str:
@@ -210,7 +187,7 @@ def _notes(settings: RunSettings, facts: ModelFacts, adapted: Adapted) -> Iterat
         yield "model.freeze is not counted: all weights are taken to train."
 
 
-def _notes_of_weights(facts: ModelFacts, published: Mapping[str, Any], quantize: str) -> Iterator[str]:
+def _notes_of_weights(published: Mapping[str, Any], quantize: str) -> Iterator[str]:
     """What the plan does not know of how weights are held."""
     method = published.get("quant_method")
     if published and quantize == "none":
@@ -218,11 +195,22 @@ def _notes_of_weights(facts: ModelFacts, published: Mapping[str, Any], quantize:
             f"Its weights are published in {visible(str(method))} and counted in 16 bits: what a run makes of them "
             "is not known here."
         )
-    if any(layer.idle_parameters for layer in facts.layers):
-        yield (
-            "Of its experts those that one token meets are counted as a layer, and the others as weights in 16 bits. "
-            "A run takes more where model.quantize leaves all of them in 16 bits, and where all carry adapters."
-        )
+
+
+def _notes_of_experts(facts: ModelFacts, adapted: Adapted) -> Iterator[str]:
+    """How a mixture of experts is counted."""
+    if not any(layer.expert_inner for layer in facts.layers):
+        return
+    met = "Of its experts those that one token meets are counted as a layer, and the others as weights."
+    if not adapted.rank:
+        yield met
+        return
+    yield (
+        f"{met} The experts of a layer lie in one tensor: model.quantize leaves them as they are, and all-linear "
+        "puts no adapters on them."
+    )
+    if adapted.beyond:
+        yield "Adapters that adapter.targets puts on experts by name are not counted; they take memory of their own."
 
 
 def _notes_of_card(settings: RunSettings, card: Card, request: PlanRequest) -> Iterator[str]:

@@ -118,9 +118,12 @@ class LayerAmounts:
 
     def _weight(self, name: str) -> Amount:
         """The weight of a group in the compute type, where it is held in another."""
-        work, elements = self.work, self.layer.matrices[name][0] * self.layer.matrices[name][1]
+        work, layer = self.work, self.layer
+        # full fine-tuning holds experts as it holds everything; quantisation leaves them as they compute
+        rows, columns = (layer if work.full else layer.linear).matrices[name]
+        elements = rows * columns
         held = HELD_BYTES.get(work.quantize, work.trained_itemsize if work.full else work.itemsize)
-        if held == work.itemsize:
+        if held == work.itemsize or not elements:
             return NOTHING
         return Amount(moved=elements * (held + work.itemsize), kernels=len(self.layer.outputs(name)))
 

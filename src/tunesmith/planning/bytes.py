@@ -77,6 +77,8 @@ class Moment:
 def matrix_bytes(rows: int, columns: int, quantize: str, itemsize: int) -> int:
     """A weight matrix as it is held."""
     count = rows * columns
+    if not count:
+        return 0
     if quantize == "nf4":
         blocks = -(-count // 64)
         nested = rounded(-(-blocks // _NESTED) * 4) + rounded(_NESTED * 4) + rounded(16 * 4) + rounded(4)
@@ -90,13 +92,15 @@ def _layer_weights(layer: LayerFacts, work: Work) -> int:
     """All weights of a layer."""
     held = work.trained_itemsize if work.full else work.itemsize
     total = (layer.small_parameters + layer.idle_parameters) * held
-    for group, (rows, columns) in layer.matrices.items():
-        if work.quantize == "none":
+    if work.quantize == "none":
+        for group, (rows, columns) in layer.matrices.items():
             spare = SPARE_ROWS * columns if group in ("qkv", "gate_up") else 0
             total += rounded((rows * columns + spare) * held)
-            continue
-        for share in layer.outputs(group):
-            total += matrix_bytes(share, columns, work.quantize, held)
+        return total
+    linear = layer.linear
+    total += (layer.matrix_parameters - linear.matrix_parameters) * held
+    for group, (_, columns) in linear.matrices.items():
+        total += sum(matrix_bytes(share, columns, work.quantize, held) for share in linear.outputs(group))
     return total
 
 
@@ -178,9 +182,10 @@ def on_device(moved: Sequence[int], embedded: int) -> OnDevice:
     backward, held = [0] * count, end
     for number in reversed(range(count)):
         if moved[number]:
-            coming = set(moving[-2:]) - there
-            held += sum(moved[one] for one in coming)
-            there |= coming
+            for one in moving[-2:]:
+                if one not in there:
+                    there.add(one)
+                    held += moved[one]
             moving.pop()
         backward[number] = held
         if moved[number]:

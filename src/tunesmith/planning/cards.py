@@ -283,8 +283,11 @@ def _read(name: str) -> tuple[frozenset[str], int | None]:
     return frozenset(words), None
 
 
-def find_card(name: str) -> Card:
+def find_card(name: str, memory_bytes: float | None = None) -> Card:
     """The card that a name means, as people, torch or nvidia-smi say it: `h100`, `NVIDIA A100-SXM4-80GB`, `4090`.
+
+    Args:
+        memory_bytes: of the card, where it is known: that tells apart what is called the same.
 
     Raises:
         UserError: no row of `CARDS` has that name, or two have.
@@ -295,6 +298,11 @@ def find_card(name: str) -> Card:
         return CARDS[also]
     by_words = _named(words) or _named(words - _OFTEN_SAID)
     found = [card for card in by_words if size is None or abs(card.gb - size) <= 0.1 * card.gb]
+    if len(found) > 1 and memory_bytes is not None:
+        as_large = [
+            card for card in found if abs(card.memory_bytes - memory_bytes) <= 0.1 * card.memory_bytes
+        ]
+        found = as_large or found
     if len(found) == 1:
         return found[0]
     if found:

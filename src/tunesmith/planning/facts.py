@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,8 @@ class LayerFacts:
         qkv_bias, output_bias, gate_up_bias, down_bias: whether the projections have a bias.
         window: keys that a query sees, None for all before it.
         softcap: whether attention scores are capped.
+        expert_inner: columns of `inner` that are of experts. All experts of a layer lie in one tensor, which neither
+            quantisation nor adapters on linear layers reach.
         idle_parameters: elements of the layer that a token does not meet: experts it is not sent to, their router.
     """
 
@@ -52,6 +54,7 @@ class LayerFacts:
     down_bias: bool = False
     window: int | None = None
     softcap: bool = False
+    expert_inner: int = 0
     idle_parameters: int = 0
 
     @property
@@ -90,6 +93,13 @@ class LayerFacts:
             return self.q_columns, self.kv_columns, self.kv_columns
         parts = self.gate_up_parts if group == "gate_up" else 1
         return (self.matrices[group][0] // parts,) * parts
+
+    @property
+    def linear(self) -> LayerFacts:
+        """The layer without its experts: the linear layers, which quantisation and adapters reach."""
+        if not self.expert_inner:
+            return self
+        return replace(self, inner=self.inner - self.expert_inner, expert_inner=0, idle_parameters=0)
 
     @property
     def matrix_parameters(self) -> int:
@@ -207,7 +217,9 @@ class Work:
 
     def ranks(self, layer: LayerFacts, group: str) -> int:
         """Columns of all adapters of a group side by side, 0 where it has none."""
-        return self.rank * len(layer.outputs(group)) if group in self.adapted else 0
+        if group not in self.adapted or (layer.expert_inner and not all(layer.linear.matrices[group])):
+            return 0
+        return self.rank * len(layer.outputs(group))
 
 
 def trained_parameters(model: ModelFacts, work: Work) -> int:
@@ -217,8 +229,8 @@ def trained_parameters(model: ModelFacts, work: Work) -> int:
     return sum(
         work.ranks(layer, group) * inputs + work.rank * outputs
         for layer in model.layers
-        for group, (outputs, inputs) in layer.matrices.items()
-        if group in work.adapted
+        for group, (outputs, inputs) in layer.linear.matrices.items()
+        if work.ranks(layer, group)
     )
 
 

@@ -42,7 +42,7 @@ class Sizes:
 
     def adapted(self, group: str) -> bool:
         """Whether the group carries an adapter."""
-        return self.work.rank > 0 and group in self.work.adapted
+        return self.ranks(group) > 0
 
     def ranks(self, group: str) -> int:
         """Columns of all adapters of a group side by side."""
@@ -61,7 +61,7 @@ class Sizes:
         """A dequantised weight with room for its adapter; 0 where it lies in one piece already."""
         if self.work.quantize == "none":
             return 0
-        rows, columns = self.layer.matrices[group]
+        rows, columns = self.layer.linear.matrices[group]
         if group in ("qkv", "gate_up"):
             rows += self.foldable(group)
         else:
@@ -79,7 +79,7 @@ class Sizes:
     def operands(self) -> float:
         """The adapters of all groups, cast for the GEMMs."""
         total = 0
-        for group, (rows, columns) in self.layer.matrices.items():
+        for group, (rows, columns) in self.layer.linear.matrices.items():
             if self.adapted(group):
                 total += rounded(self.ranks(group) * columns * self.work.itemsize)
                 total += rounded(rows * self.work.rank * self.work.itemsize)
@@ -87,7 +87,7 @@ class Sizes:
 
     def gradients(self, group: str) -> float:
         """Of A and B of a group's adapters, in the type of their parameters."""
-        rows, columns = self.layer.matrices[group]
+        rows, columns = self.layer.linear.matrices[group]
         one = self.work.trained_itemsize
         if not self.adapted(group):
             return 0

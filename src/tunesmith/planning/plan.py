@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import combinations, groupby, islice
 from typing import Any
 
-from tunesmith.planning.bytes import LIBRARIES, Moment, head_rows
+from tunesmith.planning.bytes import LIBRARIES, Moment, fixed_bytes, head_rows
 from tunesmith.planning.cards import CARDS, Card
-from tunesmith.planning.facts import ModelFacts, Work
+from tunesmith.planning.facts import ModelFacts, Work, embedding_stays
 from tunesmith.planning.fit import ROUNDING
+from tunesmith.planning.request import BFLOAT16, settled
 from tunesmith.planning.request import PlanRequest as PlanRequest
 from tunesmith.planning.solver import Solution, solve
 
@@ -137,6 +138,7 @@ def make_plan(facts: ModelFacts, request: PlanRequest) -> Plan:
         facts: of the model.
         request: what the run wants, on a card of `CARDS`.
     """
+    request = settled(facts, request)
     plan = _without_others(facts, request)
     if plan.fits:
         return replace(plan, alternatives=tuple(_alternatives(facts, request)))
@@ -144,7 +146,7 @@ def make_plan(facts: ModelFacts, request: PlanRequest) -> Plan:
 
 
 def _without_others(facts: ModelFacts, request: PlanRequest) -> Plan:
-    """The plan for a card of `CARDS`, without a look at other choices."""
+    """The plan of a settled request for a card of `CARDS`, without a look at other choices."""
     card = CARDS[request.card]
     budget = request.budget_of(card.memory_bytes)
     return plan_of(request, solve(facts, request, card.rates(), budget), budget)
@@ -209,13 +211,28 @@ class _Change:
     settings: tuple[str, ...]
     request: PlanRequest
 
-    def alternative(self, facts: ModelFacts) -> Alternative:
-        """What becomes of the run."""
-        return Alternative(self.what, self.settings, _without_others(facts, self.request).summary)
+    def alternative(self, facts: ModelFacts, before: PlanRequest) -> Alternative:
+        """What becomes of the run.
+
+        Args:
+            before: the settled request without the change.
+        """
+        request = settled(facts, self.request)
+        what = self.what + _held_otherwise(request, before)
+        return Alternative(what, self.settings, _without_others(facts, request).summary)
 
     def then(self, other: _Change) -> _Change:
         """Both; `other` was made of the request of this one."""
         return _Change(f"{self.what}, and {other.what}", (*self.settings, *other.settings), other.request)
+
+
+def _held_otherwise(request: PlanRequest, before: PlanRequest) -> str:
+    """What to say of weights that train in another type because of a change that is none of their type."""
+    work = request.work
+    same = work.trained_itemsize == before.work.trained_itemsize
+    if same or not work.full or request.trained_in != before.trained_in:
+        return ""
+    return f", weights in {'float32' if work.trained_itemsize == 4 else 'bfloat16'}"
 
 
 MOST_NEAREST = 4
@@ -227,34 +244,45 @@ _SHORTEST, _LOWEST = 512, 8
 def _alternatives(facts: ModelFacts, request: PlanRequest) -> Iterator[Alternative]:
     """What a larger card, weights held otherwise and shorter rows change."""
     here = CARDS[request.card]
-    faster = (change for change in _larger_cards(request) if CARDS[change.what].tensor >= here.tensor)
+    faster = (change for change in _larger_cards(request) if CARDS[change.request.card].tensor >= here.tensor)
     changes = [*islice(faster, 1), *_weights(facts, request), *islice(_shorter(request), 1)]
     if request.work.full:
         changes += [*_optimizer(request), *_adapter(request)]
     for change in changes:
-        yield change.alternative(facts)
+        yield change.alternative(facts, request)
 
 
 def _nearest(facts: ModelFacts, request: PlanRequest) -> list[Alternative]:
     """The changes under which it fits: one, else two at once, else another card."""
-    found = list(_that_fit(facts, _smaller(facts, request)))
+    found = list(_that_fit(facts, request, _smaller(facts, request)))
     if not found:
         for first in (changes[-1] for changes in _smaller(facts, request)):
-            second = _smaller(facts, first.request)
-            found = list(_that_fit(facts, ([first.then(other) for other in changes] for changes in second)))
+            second = ([first.then(other) for other in changes] for changes in _smaller(facts, first.request))
+            found = list(_that_fit(facts, request, second))
             if found:
                 break
-    cards = _that_fit(facts, [list(_larger_cards(request))])
+    cards = _that_fit(facts, request, [list(_larger_cards(request))])
     return [*found[:MOST_NEAREST], *cards]
 
 
-def _that_fit(facts: ModelFacts, families: Iterable[Sequence[_Change]]) -> Iterator[Alternative]:
+def _that_fit(
+    facts: ModelFacts, request: PlanRequest, families: Iterable[Sequence[_Change]]
+) -> Iterator[Alternative]:
     """The first change of each family under which the run fits."""
     for changes in families:
-        tried = (change.alternative(facts) for change in changes)
+        tried = (change.alternative(facts, request) for change in changes if _may_fit(facts, change.request))
         fitting = next((one for one in tried if one.summary.fits), None)
         if fitting is not None:
             yield fitting
+
+
+def _may_fit(facts: ModelFacts, request: PlanRequest) -> bool:
+    """Whether what stands throughout a step leaves room: that is soon said, and to lay out the rest is not."""
+    request = settled(facts, request)
+    moves = request.embedding != "device" and not embedding_stays(facts, request.work)
+    fixed = fixed_bytes(facts, replace(request.work, host_embedding=moves))
+    standing = fixed.weights + fixed.adapter + fixed.optimizer + fixed.gradients + LIBRARIES
+    return standing <= request.budget_of(CARDS[request.card].memory_bytes)
 
 
 def _smaller(facts: ModelFacts, request: PlanRequest) -> list[list[_Change]]:
@@ -308,11 +336,13 @@ def _optimizer(request: PlanRequest) -> Iterator[_Change]:
 
 def _weights(facts: ModelFacts, request: PlanRequest) -> Iterator[_Change]:
     """The base in 4 bits, or in 16 where it is in 4; weights that train in 16 bits."""
-    work = request.work
+    request = settled(facts, request)
+    work, card = request.work, CARDS[request.card]
     if work.full:
-        if work.trained_itemsize == 4 and work.itemsize == 2 and work.optimizer in ROUNDING:
-            smaller = replace(work, trained_itemsize=2)
-            yield _of_work("weights in bfloat16", ("model.dtype=bfloat16",), request, smaller)
+        rounds = work.optimizer in ROUNDING and card.capability >= BFLOAT16
+        if work.trained_itemsize == 4 and work.itemsize == 2 and rounds:
+            rounded = replace(request, work=replace(work, trained_itemsize=2), trained_in="bfloat16")
+            yield _Change("weights in bfloat16", ("model.dtype=bfloat16",), rounded)
     elif work.quantize == "nf4":
         larger = replace(work, quantize="none")
         yield _of_work("LoRA instead of QLoRA", ("model.quantize=none",), request, larger)
@@ -329,11 +359,10 @@ def _adapter(request: PlanRequest) -> Iterator[_Change]:
 
 def _shorter(request: PlanRequest) -> Iterator[_Change]:
     """Rows of half the length, of a quarter, and so on."""
-    work, times = request.work, 2
-    while (length := work.tokens // times) >= _SHORTEST:
-        shorter = replace(work, documents=(length,), supervised=min(-(-work.supervised // times), length))
+    times = 2
+    while (length := request.work.tokens // times) >= _SHORTEST:
         what = "rows of half the length" if times == 2 else f"rows of {length:,} tokens"
-        yield _of_work(what, (f"train.sequence_length={length}",), request, shorter)
+        yield _Change(what, (f"train.sequence_length={length}",), request.of_length(length))
         times *= 2
 
 

@@ -144,7 +144,10 @@ def _has_experts(config: SimpleNamespace, number: int, name: str) -> bool:
 
 
 def _with_experts(dense: LayerFacts, config: SimpleNamespace, name: str) -> LayerFacts:
-    """The layer as a token meets it, and the experts that it does not meet as idle parameters."""
+    """The layer as a token meets it, and the experts that it does not meet as idle parameters.
+
+    Every mixture that transformers 5 builds holds the experts of a layer in one tensor.
+    """
     experts = _experts(config, name)
     met = min(needed(config, "num_experts_per_tok", name, "moe_topk", "num_experts_per_token"), experts)
     inner = optional(config, "moe_intermediate_size", name) or dense.inner
@@ -155,6 +158,7 @@ def _with_experts(dense: LayerFacts, config: SimpleNamespace, name: str) -> Laye
     return replace(
         dense,
         inner=met * inner + shared,
+        expert_inner=met * inner,
         idle_parameters=(experts - met) * 3 * dense.hidden * inner + router,
     )
 
