@@ -173,6 +173,7 @@ def command(settings, tmp_path: Path, tiny_model_dir: Path, capsys):
 
 def test_a_run_file_is_checked_and_nothing_is_written(command, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
     rows = write(tmp_path / "rows.jsonl", [pair(n) for n in range(50)])
     held = write(tmp_path / "held.jsonl", [pair(70)])
     code, out, err = command(train=[{"path": rows}], eval=[{"path": held}])
@@ -180,7 +181,7 @@ def test_a_run_file_is_checked_and_nothing_is_written(command, tmp_path: Path, m
     assert (code, err) == (0, "")
     assert "Every row would train as it stands.\nOf 1 held-out row none is in the training data.\n" in out
     assert not (tmp_path / "cache").exists()
-    assert not Path("runs").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 def test_settings_can_be_replaced(command, tmp_path: Path) -> None:
