@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.tables import OPTIMIZERS
 from benchmarks.planned import GIB, card_name, facts_of, plan_step, work_of
 
 Record = dict[str, Any]
 
-SAME = ("card", "shape", "adapter", "rows", "length", "mean", "supervised")
+SAME = ("card", "shape", "adapter", "optimizer", "rows", "length", "mean", "supervised")
 """Fields by which rows are one piece of work."""
 
 
@@ -29,7 +30,7 @@ def read(path: Path) -> list[Record]:
     found: dict[tuple[Any, ...], Record] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        found[tuple(row[name] for name in (*SAME, "layers", "asked"))] = row
+        found[tuple(row[name] for name in (*SAME, "layers", "asked", "embedding"))] = row
     return list(found.values())
 
 
@@ -41,6 +42,7 @@ def off(found: float, foreseen: float) -> str:
 def title(row: Record) -> str:
     """The work of a row in words."""
     words = [f"{row['shape'].upper()} {row['adapter']}", f"{row['rows']}×{row['length']:,} tokens"]
+    words += [str(row["optimizer"])] if row["optimizer"] != OPTIMIZERS[row["adapter"]][0] else []
     words += [f"documents of mean length {row['mean']}"] if row["mean"] else []
     words += [f"{row['supervised']:.0%} supervised"] if row["supervised"] < 1 else []
     return ", ".join(words)
@@ -63,7 +65,8 @@ def table(records: Sequence[Record]) -> Iterator[str]:
         )
         yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
         for row in rows:
-            start = f"| {row['layers']} | {row['asked']} | {row['layout']} "
+            moved = ", embedding in host memory" if row["embedding"] == "host" else ""
+            start = f"| {row['layers']} | {row['asked']} | {row['layout']}{moved} "
             if row["status"] != "ok":
                 yield start + f"| {row['status']} | | {row['foreseen_peak_gib']:.2f} | | |"
                 continue
@@ -85,19 +88,20 @@ def account(records: Sequence[Record], layers: int) -> Iterator[str]:
     the highest may change. So what the planner says of that depth stands beside it.
     """
     for rows in groups(records):
-        depths: dict[str, dict[int, Record]] = defaultdict(dict)
+        depths: dict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
         for row in rows:
             if row["status"] == "ok" and not row["asked"].startswith("within"):
-                depths[row["asked"]][row["layers"]] = row
-        for policy, found in depths.items():
+                depths[row["asked"], row["embedding"]][row["layers"]] = row
+        for (policy, embedding), found in depths.items():
             if len(found) < 2:
                 continue
             few, many = min(found), max(found)
             each = (found[many]["peak_gib"] - found[few]["peak_gib"]) / (many - few)
             host = (found[many]["host_gib"] - found[few]["host_gib"]) / (many - few)
+            where = ", embedding in host memory" if embedding == "host" else ""
             rest = found[few]["peak_gib"] - few * each
             yield (
-                f"{title(found[few])}, {policy}: {each:.3f} GiB a layer (measured with {few} and {many}) and "
+                f"{title(found[few])}, {policy}{where}: {each:.3f} GiB a layer (measured with {few} and {many}) and "
                 f"{rest:.2f} GiB besides: {rest + layers * each:.2f} GiB with {layers} layers "
                 f"({_foreseen_peak(found[few], policy, layers):.2f} foreseen); {layers * host:.1f} GiB of the host"
             )
@@ -108,9 +112,13 @@ def _foreseen_peak(row: Record, policy: str, layers: int) -> float:
     from benchmarks.shapes import SHAPES
 
     lengths = documents(row["rows"], row["length"], row["mean"])
-    work = work_of(row["adapter"], lengths, round(row["supervised"] * sum(lengths)))
+    supervised = round(row["supervised"] * sum(lengths))
+    work = work_of(row["adapter"], lengths, supervised, optimizer=row["optimizer"])
     facts = facts_of(SHAPES[row["shape"]] | {"num_hidden_layers": layers})
-    plan = plan_step(facts, work, card=card_name(row["card"]), budget=1.0, policy=policy, host_bytes=None)
+    plan = plan_step(
+        facts, work, card=card_name(row["card"]), budget=1.0, policy=policy, embedding=row["embedding"],
+        host_bytes=None,
+    )  # fmt: skip
     return plan.peak_bytes / GIB
 
 

@@ -24,7 +24,14 @@ def facts_of(config: Mapping[str, Any]) -> ModelFacts:
     return read_facts(USUAL | dict(config), str(config.get("model_type", "llama")))
 
 
-def work_of(adapter: str, lengths: Sequence[int], supervised: int, itemsize: int = 2) -> Work:
+def work_of(
+    adapter: str,
+    lengths: Sequence[int],
+    supervised: int,
+    itemsize: int = 2,
+    *,
+    optimizer: str | None = None,
+) -> Work:
     """How a benchmark's row trains: a LoRA adapter in float32 on all projections, or everything in the compute type.
 
     Args:
@@ -32,6 +39,7 @@ def work_of(adapter: str, lengths: Sequence[int], supervised: int, itemsize: int
         lengths: of the documents.
         supervised: tokens that train.
         itemsize: bytes of the compute type.
+        optimizer: another one than the table's.
     """
     full = adapter == "full"
     return Work(
@@ -39,7 +47,7 @@ def work_of(adapter: str, lengths: Sequence[int], supervised: int, itemsize: int
         supervised=supervised,
         quantize="nf4" if adapter == "qlora" else "none",
         rank=0 if full else RANK,
-        optimizer=OPTIMIZERS[adapter][0],
+        optimizer=optimizer or OPTIMIZERS[adapter][0],
         itemsize=itemsize,
         trained_itemsize=itemsize if full else 4,
     )

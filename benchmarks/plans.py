@@ -2,7 +2,8 @@
 
     python benchmarks/plans.py --budgets 0.92 8 12 16 24 32 48 64 76     tokens/s by memory, in GiB or a share
     python benchmarks/plans.py --policies keep_all keep recompute        picked by hand
-    python benchmarks/plans.py --shape 70b --layers 4 8 --batch 1x4096 --policies offload recompute
+    python benchmarks/plans.py --shape 70b --layers 4 8 --batch 1x4096 --policies offload_attention \\
+        --embedding host --optimizer adamw_8bit
     python benchmarks/plans.py --batch 1x500000 --budgets 0.97 --host-gib 112 --steps 1 --warm 0
     python benchmarks/plans.py --table --account 80 --picture curve.png  what all that came to
 
@@ -26,6 +27,7 @@ if __name__ == "__main__":  # as a script: the root of the project instead of th
 from benchmarks import plan_report
 from benchmarks.batches import documents
 from benchmarks.peers.processes import find_card
+from benchmarks.peers.tables import OPTIMIZERS
 from benchmarks.planned import GIB, card_name, facts_of, foreseen, plan_step, work_of
 from benchmarks.shapes import SHAPES, batch_size
 from tunesmith.planning.plan import Plan
@@ -59,12 +61,20 @@ def plans_of(arguments: argparse.Namespace, layers: int, card: str) -> list[tupl
     config = SHAPES[arguments.shape] | {"num_hidden_layers": layers}
     lengths = documents(*arguments.batch, arguments.mean)
     supervised = random_documents(lengths, arguments.supervised, 0).supervised
-    work, facts = work_of(arguments.adapter, lengths, supervised), facts_of(config)
-    host = host_bytes_of(arguments)
-    found: dict[tuple[str, ...], tuple[str, Plan]] = {}
+    work = work_of(arguments.adapter, lengths, supervised, optimizer=arguments.optimizer)
+    facts, host = facts_of(config), host_bytes_of(arguments)
+    found: dict[tuple[str, tuple[str, ...]], tuple[str, Plan]] = {}
     for name, policy, budget in asked(arguments):
-        plan = plan_step(facts, work, card=card, budget=budget, policy=policy, host_bytes=host)
-        found.setdefault(plan.policies, (name, plan))
+        plan = plan_step(
+            facts,
+            work,
+            card=card,
+            budget=budget,
+            policy=policy,
+            embedding=arguments.embedding,
+            host_bytes=host,
+        )
+        found.setdefault((plan.embedding, plan.policies), (name, plan))
     return list(found.values())
 
 
@@ -101,6 +111,7 @@ def _outcome(arguments: argparse.Namespace, model: Any, plan: Plan, batches: lis
         tokens=tokens,
         adapter=arguments.adapter,
         embedding=plan.embedding,
+        optimizer_name=arguments.optimizer,
     ) as (
         step,
         installed,
@@ -141,6 +152,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 "length": arguments.batch[1],
                 "mean": arguments.mean,
                 "supervised": arguments.supervised,
+                "optimizer": arguments.optimizer or OPTIMIZERS[arguments.adapter][0],
                 **row,
                 "card": card.name,
                 "driver": card.driver,
@@ -167,6 +179,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--budgets", nargs="*", default=[], help="GiB, or shares of the card (at most 1)")
     parser.add_argument("--policies", nargs="*", default=[], help="rows of POLICIES, each for all layers")
     parser.add_argument("--host-gib", type=float, help="memory of the host that may be pinned")
+    parser.add_argument("--embedding", choices=("auto", "device", "host"), default="auto")
+    parser.add_argument("--optimizer", help="another one than the benchmarks' own")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warm", type=int, default=2)
     parser.add_argument("--foresee", action="store_true", help="only say what the planner foresees")

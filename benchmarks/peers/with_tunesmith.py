@@ -42,6 +42,7 @@ def training_step(
     tokens: int,
     adapter: str,
     embedding: str = "device",
+    optimizer_name: str | None = None,
     graphs: bool | None = None,
 ) -> Iterator[tuple[Step, Installed | None]]:
     """One step of training as a function from a batch to its loss, and what was installed.
@@ -52,11 +53,14 @@ def training_step(
         tokens: of a step.
         adapter: what trains, a row of `OPTIMIZERS`.
         embedding: where the input embedding lies, `device` or `host`.
+        optimizer_name: another one than the table's.
         graphs: record CUDA graphs; None where training would.
     """
     causal = CausalModel(model, dtype)
     name, rate = OPTIMIZERS[adapter]
-    optimizer = build_optimizer(name, model, learning_rate=rate, weight_decay=0.01, betas=(0.9, 0.999))
+    optimizer = build_optimizer(
+        optimizer_name or name, model, learning_rate=rate, weight_decay=0.01, betas=(0.9, 0.999)
+    )
     installed = None if policy == "stock" else install(model)
     if installed is not None:
         installed.set_policies([policy] * len(installed.policies) if isinstance(policy, str) else policy)

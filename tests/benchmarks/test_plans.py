@@ -25,7 +25,8 @@ def row(**changes: Any) -> dict[str, Any]:
     """One of results as `plans.py` writes it."""
     return {
         "shape": "8b", "layers": 32, "adapter": "qlora", "rows": 2, "length": 4096, "mean": None,
-        "supervised": 1.0, "asked": "keep", "layout": "32 × keep", "fits": True, "status": "ok",
+        "supervised": 1.0, "optimizer": "adamw", "asked": "keep", "layout": "32 × keep",
+        "embedding": "device", "fits": True, "status": "ok",
         "foreseen_peak_gib": 30.3, "foreseen_host_gib": 0.0, "foreseen_seconds": 0.51, "tokens_per_second": 16000,
         "step_seconds": 0.5, "peak_gib": 30.0, "reserved_gib": 31.0, "host_gib": 0.0,
         "card": "NVIDIA H100 80GB HBM3", "date": "2026-11-27",
@@ -61,6 +62,7 @@ def test_layouts_that_are_alike_are_measured_once(tmp_path: Path, capsys: pytest
 def test_layouts_compute_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.jsonl"
     words = ["--shape", "tiny", "--adapter", "lora", "--batch", "2x48", "--layers", "2", "3"]
+    words += ["--optimizer", "adamw_8bit"]
     plans.main([*words, "--policies", "keep", "recompute", "--steps", "2", "--warm", "1", "--out", str(out)])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(r["layers"], r["asked"]) for r in rows] == [
@@ -70,6 +72,7 @@ def test_layouts_compute_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert found["status"] == "ok"
         assert found["card"] == "CPU"
         assert found["fallbacks"] == {}
+        assert found["optimizer"] == "adamw_8bit"
         assert found["layout"] == f"{found['layers']} × {found['asked']}"
     for keep, recompute in (rows[:2], rows[2:]):
         # the adapter trains on from layout to layout, a little in three steps
@@ -101,6 +104,24 @@ def test_an_account_of_more_layers() -> None:
     (line,) = plan_report.account([*rows, *within, row(asked="recompute")], 80)
     assert "keep: 2.000 GiB a layer (measured with 4 and 8) and 5.00 GiB besides: 165.00 GiB" in line
     assert line.endswith("40.0 GiB of the host")
+
+
+def test_where_the_embedding_lay_and_who_updated_is_told_apart() -> None:
+    there = [row(layers=n, peak_gib=5.0 + 2.0 * n) for n in (4, 8)]
+    moved = [row(layers=n, peak_gib=4.0 + 2.0 * n, embedding="host") for n in (4, 8)]
+    coded = [row(layers=n, peak_gib=3.0 + 2.0 * n, optimizer="adamw_8bit") for n in (4, 8)]
+    lines = list(plan_report.account([*there, *moved, *coded], 10))
+    assert [line.partition(" GiB a layer")[0] for line in lines] == [
+        "8B qlora, 2×4,096 tokens, keep: 2.000",
+        "8B qlora, 2×4,096 tokens, keep, embedding in host memory: 2.000",
+        "8B qlora, 2×4,096 tokens, adamw_8bit, keep: 2.000",
+    ]
+    for line, size in zip(lines, (25, 24, 23), strict=True):
+        assert f"{size:.2f} GiB with 10 layers" in line
+    foreseen = [float(line.rpartition("layers (")[2].partition(" ")[0]) for line in lines]
+    table = 128_256 * 4096 * 2 / GIB
+    assert foreseen[0] - foreseen[1] == pytest.approx(table, abs=0.011)
+    assert foreseen[2] < foreseen[0]
 
 
 def test_the_account_is_beside_the_planner_s() -> None:
