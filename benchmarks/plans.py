@@ -49,9 +49,9 @@ def host_bytes_of(arguments: argparse.Namespace) -> int:
         return int(arguments.host_gib * GIB)
     import psutil
 
-    from tunesmith.planning.fit import USABLE_HOST
+    from tunesmith.planning.fit import pinnable
 
-    return int(USABLE_HOST * psutil.virtual_memory().available)
+    return pinnable(psutil.virtual_memory().available)
 
 
 def plans_of(arguments: argparse.Namespace, layers: int, card: str) -> list[tuple[str, Plan]]:

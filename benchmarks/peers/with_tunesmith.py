@@ -23,7 +23,7 @@ from tunesmith.models.head import CausalModel
 from tunesmith.models.install import Installed, install
 from tunesmith.models.loader import load_model
 from tunesmith.objectives.sft import SFT
-from tunesmith.planning.fit import USABLE_HOST
+from tunesmith.planning.fit import pinnable
 from tunesmith.planning.graphs import graphs_pay
 from tunesmith.planning.plan import Plan
 from tunesmith.training.optim import build_optimizer
@@ -98,7 +98,7 @@ def planned(work: Work, row: Documents, dtype: torch.dtype) -> Plan:
         work_of(work.adapter, row.lengths, row.supervised, dtype.itemsize),
         card=card_name(find_card().name),
         budget=budget if budget <= 1 else budget * GIB,
-        host_bytes=int(USABLE_HOST * psutil.virtual_memory().available),
+        host_bytes=pinnable(psutil.virtual_memory().available),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig
 
+from tests.models.test_door_walk import LATENT
 from tests.support.tiny import tiny_llama
 from tunesmith.contracts.errors import UserError
 from tunesmith.models.adapter import add_lora, load_lora
@@ -21,13 +22,6 @@ _SMALL = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-_LATENT = {
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 16,
-}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP = {"gate_proj", "up_proj", "down_proj"}
 
@@ -74,8 +68,8 @@ def trains(model: Any) -> None:
         ("glm4_moe", {}, _ATTENTION, ["experts", "down_proj, gate_proj, up_proj"]),
         ("hunyuan_v1_moe", {"moe_topk": 2}, _ATTENTION, ["experts", "routers", "down_proj, gate_proj, up_proj"]),
         ("jetmoe", {"kv_channels": 8}, {"kv_proj"}, ["experts", "routers"]),
-        ("deepseek_v4", _LATENT, {"kv_proj", "o_b_proj", "q_a_proj", "q_b_proj"} | _MLP, ["experts", "o_a_proj"]),
-        ("deepseek_v32", _LATENT, {"kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"},
+        ("deepseek_v4", LATENT, {"kv_proj", "o_b_proj", "q_a_proj", "q_b_proj"} | _MLP, ["experts", "o_a_proj"]),
+        ("deepseek_v32", LATENT, {"kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"},
          ["experts", "indexers", "down_proj, gate_proj, up_proj"]),
         ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1},
          _ATTENTION | _MLP | {"in_proj", "x_proj", "out_proj"}, ["experts", "dt_proj"]),
@@ -113,7 +107,7 @@ def test_a_linear_layer_of_a_family_s_own_that_is_one_gets_an_adapter() -> None:
     [
         ("mixtral", ["w1", "w2", "w3"], {}),
         ("qwen3_moe", ["gate_proj", "up_proj", "down_proj"], {}),
-        ("deepseek_v3", ["gate_proj", "up_proj", "down_proj"], _LATENT),
+        ("deepseek_v3", ["gate_proj", "up_proj", "down_proj"], LATENT),
     ],
 )
 def test_experts_that_are_named_train_and_load_again(

@@ -47,7 +47,7 @@ _SMALL = {
 }
 _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _ROUTED = _EXPERTS | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
-_LATENT = {
+LATENT = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8,
     "v_head_dim": 8,
@@ -102,8 +102,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None, str | None]] = {
     "glm": ({}, None, None),
     "glm4": ({}, None, None),
     "glm4_moe": (_ROUTED, None, None),
-    "deepseek_v2": (_ROUTED | _LATENT | {"num_key_value_heads": 4}, None, None),
-    "deepseek_v3": (_ROUTED | _LATENT | {"num_key_value_heads": 4}, None, None),
+    "deepseek_v2": (_ROUTED | LATENT | {"num_key_value_heads": 4}, None, None),
+    "deepseek_v3": (_ROUTED | LATENT | {"num_key_value_heads": 4}, None, None),
     "exaone4": ({"sliding_window": 4}, None, None),
     "ernie4_5": ({}, None, None),
     "ernie4_5_moe": ({"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16}, None, None),
@@ -117,7 +117,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None, str | None]] = {
     "gpt_oss": (_EXPERTS | {"sliding_window": 4}, None, None),
     "afmoe": (_ROUTED, None, None),
     "aria_text": (_EXPERTS | {"moe_num_experts": 4}, None, None),
-    "axk1": (_ROUTED | _LATENT | {"num_key_value_heads": 4}, None, None),
+    "axk1": (_ROUTED | LATENT | {"num_key_value_heads": 4}, None, None),
     "cohere2_moe": (_EXPERTS, None, None),
     "dots1": (_ROUTED | {"n_shared_experts": 1}, None, None),
     "exaone_moe": (_ROUTED, None, None),
@@ -135,7 +135,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None, str | None]] = {
         None,
         None,
     ),
-    "glm4_moe_lite": (_ROUTED | _LATENT | {"num_key_value_heads": 4}, None, None),
+    "glm4_moe_lite": (_ROUTED | LATENT | {"num_key_value_heads": 4}, None, None),
     "granitemoehybrid": (
         _EXPERTS | {"layer_types": ["attention"] * 2, "mamba_n_heads": 8, "shared_intermediate_size": 16},
         None,
@@ -149,7 +149,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None, str | None]] = {
     "lfm2_moe": (_EXPERTS | {"layer_types": ["full_attention"] * 2, "num_dense_layers": 1}, None, None),
     "longcat_flash": (
         _ROUTED
-        | _LATENT
+        | LATENT
         | {
             "num_key_value_heads": 4,
             "num_layers": 2,
