@@ -66,7 +66,7 @@ def table(records: Sequence[Record]) -> Iterator[str]:
         yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
         for row in rows:
             moved = ", embedding in host memory" if row["embedding"] == "host" else ""
-            start = f"| {row['layers']} | {row['asked']} | {row['layout']}{moved} "
+            start = f"| {row['layers']} | {row['asked']} | {row['plan']}{moved} "
             if row["status"] != "ok":
                 yield start + f"| {row['status']} | | {row['foreseen_peak_gib']:.2f} | | |"
                 continue

@@ -96,7 +96,7 @@ def plan_step(
 def foreseen(plan: Plan) -> dict[str, Any]:
     """The figures of a plan that are measured as well, as fields of a row of results."""
     return {
-        "layout": plan.layout,
+        "plan": plan.layout,
         "embedding": plan.embedding,
         "fits": plan.fits,
         "foreseen_peak_gib": round(plan.peak_bytes / GIB, 2),

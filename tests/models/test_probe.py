@@ -131,18 +131,21 @@ def test_fused_layers_take_what_their_stages_take() -> None:
     projections = costs["recompute_projections"].device_bytes
     assert keep - projections == (LAYERS - 1) * (QKV + QKV_SMALL + second)
     assert keep - costs["recompute"].device_bytes == (LAYERS - 1) * layer
-    # of what travels three layers are on the device at a time
+    # of what travels two layers are on the device at a time
     offloaded = costs["keep_offload_attention"]
     assert offloaded.host_bytes == LAYERS * (INPUT + HALF)
-    assert keep - offloaded.device_bytes == (LAYERS - 3) * (INPUT + HALF)
+    assert keep - offloaded.device_bytes == (LAYERS - 2) * (INPUT + HALF)
     offloaded = costs["offload_attention"]
     assert offloaded.host_bytes == LAYERS * (INPUT + HALF)
-    assert keep - offloaded.device_bytes == (LAYERS - 3) * (INPUT + HALF) + (LAYERS - 1) * second
+    assert keep - offloaded.device_bytes == (LAYERS - 2) * (INPUT + HALF) + (LAYERS - 1) * second
     offloaded = costs["offload"]
     assert offloaded.host_bytes == LAYERS * (INPUT + LAST_SMALL)
-    assert keep - offloaded.device_bytes == (LAYERS - 3) * (INPUT + LAST_SMALL) + (LAYERS - 1) * layer
+    assert keep - offloaded.device_bytes == (LAYERS - 2) * (INPUT + LAST_SMALL) + (LAYERS - 1) * layer
+    offloaded = costs["keep_offload_all"]
+    assert offloaded.host_bytes == LAYERS * (INPUT + HALF + GATE_UP)
+    assert keep - offloaded.device_bytes == (LAYERS - 2) * (INPUT + HALF + GATE_UP)
     assert [cost.name for cost in costs.values() if cost.host_bytes] == [
-        "keep_offload_attention", "offload_attention", "offload",
+        "keep_offload_attention", "offload_attention", "offload", "keep_offload_all",
     ]  # fmt: skip
 
 
@@ -178,7 +181,8 @@ def test_weights_that_train_cost_no_token_anything() -> None:
         "offload_attention": without_gate_up,
         "recompute_projections": without_both,
         "recompute": without_both,
-        "offload": without_both - (LAYERS - 3) * last,
+        "offload": without_both - (LAYERS - 2) * last,
+        "keep_offload_all": kept,
     }
 
 

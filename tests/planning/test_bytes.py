@@ -98,11 +98,12 @@ def test_full_peaks(policy):
     [("8b", 9.03), ("qwen3-8b", 10.16), ("gemma2-9b", 17.08), ("gemma3-12b", 20.27), ("phi-4", 14.11)],
 )
 def test_pinned_memory(shape, measured):
-    """As the offloader counted it on the device, in GiB."""
+    """As the offloader counted it on the device, in GiB, when rows left without the room behind them."""
     model, work = facts_of(shape), Work((4096, 4096), 8190, quantize="nf4")
-    assert host_bytes(model, work, ["offload_attention"] * len(model.layers)) / GIB == pytest.approx(
-        measured, abs=0.01
-    )
+    # room for an adapter's columns behind q, k and v and behind the output of attention
+    room = len(model.layers) * 8192 * (64 + 64) * 2
+    found = host_bytes(model, work, ["offload_attention"] * len(model.layers)) - room
+    assert found / GIB == pytest.approx(measured, abs=0.01)
 
 
 def test_weights_in_4_bits():
@@ -130,21 +131,21 @@ def test_the_chunk_of_logits():
     assert head_rows(facts_of("8b"), Work((8192,), 100)) == 100
 
 
-def test_what_moves_is_on_the_device_for_two_layers_and_comes_back_one_ahead():
+def test_what_moves_is_on_the_device_for_a_layer_more_and_comes_back_one_ahead():
     """Worked out by hand from `models.offload`: layers 0, 1 and 3 of six move 1, 10 and 1,000 bytes."""
     there = on_device([1, 10, 0, 1000, 0, 0], 0)
-    assert there.forward == [0, 1, 11, 10, 1000, 1000, 0]
-    # layer 3 left while 4 and 5 ran; 3 brings 1 along, and 1 brings 0
+    assert there.forward == [0, 1, 10, 0, 1000, 0, 0]
+    # layer 3 left while 4 ran; 3 brings 1 along, and 1 brings 0
     assert there.end == 0
     assert there.backward == [1, 11, 10, 1010, 0, 0]
 
 
 def test_what_moves_last_does_not_leave():
-    there = on_device([1, 10, 100, 1000, 0], 0)
-    assert there.forward == [0, 1, 11, 110, 1100, 1000]
-    # one layer ran after the last that moves, which is not enough; it brings the one before it along
+    there = on_device([1, 10, 100, 1000], 0)
+    assert there.forward == [0, 1, 10, 100, 1000]
+    # no layer ran after the last that moves; it brings the one before it along
     assert there.end == 1000
-    assert there.backward == [1, 11, 110, 1100, 1000]
+    assert there.backward == [1, 11, 110, 1100]
     assert on_device([1, 10, 100], 0).backward == [1, 11, 110]
     assert on_device([0, 7], 0).backward == [0, 7]
 
@@ -152,8 +153,8 @@ def test_what_moves_last_does_not_leave():
 def test_the_embedded_rows_are_held_through_the_forward_pass():
     """They are in the first layer's tensors until these have left."""
     there = on_device([5, 0, 0, 0], 2)
-    assert (there.forward, there.end, there.backward) == ([0, 5, 5, 2, 2], 0, [5, 0, 0, 0])
-    assert on_device([0, 5, 0, 0], 2).forward == [0, 0, 5, 5, 0]
+    assert (there.forward, there.end, there.backward) == ([0, 5, 2, 2, 2], 0, [5, 0, 0, 0])
+    assert on_device([0, 5, 0, 0], 2).forward == [0, 0, 5, 0, 0]
 
 
 @given(

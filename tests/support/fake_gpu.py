@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import pkgutil
 import weakref
 from collections import deque
@@ -27,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 import tunesmith.kernels
 import tunesmith.models
-from tunesmith.kernels import attention, launch, linear_logprob, packed
+from tunesmith.kernels import attention, attention_cudnn, launch, linear_logprob, packed
 from tunesmith.models import install, offload, projections
 from tunesmith.planning import policies
 
@@ -94,7 +95,7 @@ class Linear4bit(nn.Linear):
 
 
 class FakeOffloader(offload.Offloader):
-    """Lets go of tensors as the real one does: two layers are leaving, and one is coming beside the one asked for."""
+    """Lets go of tensors as the real one does: one layer is leaving, and one is coming beside the one asked for."""
 
     def __init__(self) -> None:
         super().__init__(enabled=False)
@@ -102,9 +103,9 @@ class FakeOffloader(offload.Offloader):
         self._on_the_way: deque[Any] = deque()
 
     def push(self, tensors: list[Tensor]) -> Any:
-        handle = offload.Handle([(t.shape, t.dtype) for t in tensors])
-        handle.device = [tensor.contiguous() for tensor in tensors]
-        handle.host = [object()] * len(tensors)  # type: ignore[list-item]
+        handle = offload.Handle([tensor.shape for tensor in tensors])
+        handle.device = [offload.whole_rows(tensor) for tensor in tensors]
+        handle.host = [(rows.shape, rows.dtype) for rows in handle.device]  # type: ignore[misc]
         self._order.append(weakref.ref(handle))
         self._next(handle)
         return handle
@@ -125,14 +126,13 @@ class FakeOffloader(offload.Offloader):
         before = next((h for ref in reversed(self._order) if (h := ref()) is not None), None)
         if before is not None:
             self._bring(before)
-        tensors, handle.device = handle.device, []
-        return tensors
+        return handle.hand_over()
 
     def _bring(self, handle: Any) -> None:
         if handle in self._on_the_way:
             self._on_the_way.remove(handle)
         if handle.host and not handle.device:
-            handle.device = [torch.empty(shape, dtype=dtype) for shape, dtype in handle.shapes]
+            handle.device = [torch.empty(shape, dtype=dtype) for shape, dtype in handle.host]
         handle.host = []
 
 
@@ -155,10 +155,14 @@ def _attention_backward(
     room: int,
 ) -> Tensor:
     grad_TN = fused_TN.new_empty(fused_TN.shape[0], heads.columns + room)[:, : heads.columns]
-    tokens = len(documents.lengths) * documents.longest
-    # as cuDNN's: dq in float32, and the products of output and its gradient
-    workspace = torch.empty(4 * tokens * heads.query * (heads.size + 1), dtype=torch.uint8)
-    del workspace
+    size = (len(documents.lengths), documents.longest)
+    if not (documents.equal and documents.longest >= attention_cudnn.SHORTEST_EQUAL):
+        size = attention_cudnn.ragged_size(documents)
+    part = attention_cudnn.backward_part(math.prod(size), heads, grad.element_size())
+    for _ in range(heads.query // part.query):
+        taken = attention_cudnn.backward_workspace(math.prod(size), part, grad.element_size())
+        workspace = torch.empty(taken, dtype=torch.uint8)
+        del workspace
     return grad_TN
 
 

@@ -123,6 +123,7 @@ _KEPT = {
     "recompute_projections": "q, k, v, gate and up recomputed in backward",
     "recompute": "layers recomputed in backward",
     "offload": "layer inputs in host memory, layers recomputed in backward",
+    "keep_offload_all": "activations in host memory",
 }
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,10 @@ from tunesmith.kernels.packed import Documents, Heads, Saved, Scores, takes_half
 
 SHORTEST_EQUAL = 64
 """Below so many tokens a document the batch of tiny matrices is slower than one packed row."""
+
+PART_BYTES = 640 << 20
+"""Workspace of backward beyond which it takes the heads in parts, one after the other. Rows of the 8B shape then have
+20,000 tokens at least: blocks enough in each part to keep a card busy."""
 
 
 @functools.cache
@@ -67,6 +71,7 @@ class _Shape:
         documents: their number, bucketed in the ragged form.
         length: of each, or of the longest, bucketed.
         heads: layout of the fused buffer.
+        part: the heads that one run of the graph computes, some or all of them.
         scores: scale and window.
         stride: elements from a row of the fused buffer to the next.
         grad_stride: the same in the buffer of its gradient.
@@ -78,6 +83,7 @@ class _Shape:
     documents: int
     length: int
     heads: Heads
+    part: Heads
     scores: Scores
     stride: int
     grad_stride: int
@@ -105,15 +111,15 @@ class _Builder:
         self.graph = cudnn_frontend().pygraph(
             io_data_type=self.io, intermediate_data_type=kinds.FLOAT, compute_data_type=kinds.FLOAT
         )
-        heads = shape.heads
+        heads, part = shape.heads, shape.part
         # name: (heads, elements of a head, from row to row, offsets of the documents, type)
         self._layouts = {
-            "q": (heads.query, heads.size, shape.stride, "fused_at", self.io),
-            "k": (heads.key_value, heads.size, shape.stride, "fused_at", self.io),
-            "v": (heads.key_value, heads.size, shape.stride, "fused_at", self.io),
-            "out": (heads.query, heads.size, shape.out_stride, "out_at", self.io),
-            "grad": (heads.query, heads.size, heads.query * heads.size, "out_grad_at", self.io),
-            "lse": (heads.query, 1, heads.query, "lse_at", self.float),
+            "q": (part.query, heads.size, shape.stride, "fused_at", self.io),
+            "k": (part.key_value, heads.size, shape.stride, "fused_at", self.io),
+            "v": (part.key_value, heads.size, shape.stride, "fused_at", self.io),
+            "out": (part.query, heads.size, shape.out_stride, "out_at", self.io),
+            "grad": (part.query, heads.size, heads.query * heads.size, "out_grad_at", self.io),
+            "lse": (part.query, 1, heads.query, "lse_at", self.float),
         }
         for name in ("q", "k", "v"):
             count, size, _, _, kind = self._layouts[name]
@@ -137,7 +143,7 @@ class _Builder:
         count, size, row, _, _ = self._layouts[name]
         batch, length = self.shape.documents, self.shape.length
         if name == "lse" and not self.shape.ragged:  # a matrix a document, as cuDNN packs it
-            return [batch, count, length, 1], [count * length, length, 1, 1]
+            return [batch, count, length, 1], [self.shape.heads.query * length, length, 1, 1]
         return [batch, count, length, size], [length * row, size, row, 1]
 
     def input(self, name: str) -> Any:
@@ -219,11 +225,49 @@ def _backward(
     grad: Tensor, fused_TN: Tensor, output: Tensor, saved: Saved, shape: _Shape, where: dict[str, Tensor]
 ) -> Tensor:
     grad_TN = fused_TN.new_empty(fused_TN.shape[0], shape.grad_stride)[:, : shape.heads.columns]
-    q, k, v = shape.heads.split(fused_TN)
-    dq, dk, dv = shape.heads.split(grad_TN)
-    values = {"q": q, "k": k, "v": v, "out": output, "grad": grad.contiguous(), "lse": saved[0]}
-    _execute(_backward_plan(shape), {**values, "dq": dq, "dk": dk, "dv": dv, **where})
+    heads, part = shape.heads, backward_part(shape.documents * shape.length, shape.heads, grad.element_size())
+    by_head = (heads.query, heads.size)
+    of_queries = {
+        "out": output.unflatten(-1, by_head),
+        "grad": grad.contiguous().unflatten(-1, by_head),
+        "lse": saved[0] if shape.ragged else saved[0].view(shape.documents, heads.query, shape.length),
+    }
+    of_queries["q"], *of_keys = heads.split(fused_TN)
+    of_queries["dq"], *of_key_gradients = heads.split(grad_TN)
+    of_key_values = dict(zip(("k", "v", "dk", "dv"), (*of_keys, *of_key_gradients), strict=True))
+    plan = _backward_plan(replace(shape, part=part))
+    for number in range(heads.key_value // part.key_value):
+        values = {name: _run(value, number, part.query) for name, value in of_queries.items()}
+        values |= {name: _run(value, number, part.key_value) for name, value in of_key_values.items()}
+        _execute(plan, values | where)
     return grad_TN
+
+
+def _run(value: Tensor, number: int, heads: int) -> Tensor:
+    """The heads of one run, which are the second dimension of everything."""
+    return value[:, number * heads : (number + 1) * heads]
+
+
+def backward_workspace(tokens: int, heads: Heads, itemsize: int) -> int:
+    """Bytes that cuDNN takes beside what it reads and writes, to compute so many heads backward.
+
+    Args:
+        tokens: documents · length of a graph.
+    """
+    of_keys = (
+        2 * heads.size * itemsize if heads.query > heads.key_value else 0
+    )  # ∂k and ∂v for each query head
+    return tokens * heads.query * (4 * (heads.size + 1) + of_keys)
+
+
+def backward_part(tokens: int, heads: Heads, itemsize: int) -> Heads:
+    """As many heads as take `PART_BYTES` at most, one key/value head with its query heads at least."""
+    for parts in range(1, heads.key_value + 1):
+        if heads.key_value % parts == 0:
+            part = Heads(heads.query // parts, heads.key_value // parts, heads.size)
+            if backward_workspace(tokens, part, itemsize) <= PART_BYTES:
+                break
+    return part
 
 
 # ---------------------------------------------------------------------- documents of one length
@@ -240,7 +284,7 @@ def _equal_shape(
 ) -> _Shape:
     lengths = documents.lengths
     strides = fused_TN.stride(0), heads.columns + room, out_stride
-    return _Shape(len(lengths), lengths[0], heads, scores, *strides, fused_TN.dtype, ragged=False)
+    return _Shape(len(lengths), lengths[0], heads, heads, scores, *strides, fused_TN.dtype, ragged=False)
 
 
 def equal_forward(
@@ -285,13 +329,17 @@ def _bucket(value: int) -> int:
     return -(-value // step) * step
 
 
+def ragged_size(documents: Documents) -> tuple[int, int]:
+    """(documents, length of each) of the graph for these."""
+    return _bucket(len(documents.lengths)), _bucket(max(SHORTEST_EQUAL, documents.longest))
+
+
 def _ragged_shape(
     fused_TN: Tensor, heads: Heads, documents: Documents, scores: Scores, room: int, out_stride: int
 ) -> _Shape:
-    count = _bucket(len(documents.lengths))
-    longest = _bucket(max(SHORTEST_EQUAL, documents.longest))
+    count, longest = ragged_size(documents)
     strides = fused_TN.stride(0), heads.columns + room, out_stride
-    return _Shape(count, longest, heads, scores, *strides, fused_TN.dtype, ragged=True)
+    return _Shape(count, longest, heads, heads, scores, *strides, fused_TN.dtype, ragged=True)
 
 
 def _places(documents: Documents, shape: _Shape) -> dict[str, Tensor]:

@@ -52,10 +52,9 @@ def _attend(call: LayerCall, stash: Stash, operands: AllOperands, weights: Weigh
         qkv_TN = project_with_adapters(call, "qkv", normed_TD, stash, operands.qkv, weights)
         large["qkv"] = layer_qkv.kept_form_(call, qkv_TN, stash, operands.qkv)
     if "output" not in large:
-        room = 0 if call.moves("attention") else beside(groups.output)
         output_TN, stash.backend, saved = attention_forward(
             layer_qkv.for_attention(call, stash, operands.qkv), shape.heads, call.documents,
-            scores=shape.scores, room=room,
+            scores=shape.scores, room=beside(groups.output),
         )  # fmt: skip
         large["output"] = output_TN
         large |= {f"attention.{number}": tensor for number, tensor in enumerate(saved)}
@@ -178,7 +177,7 @@ class _DecoderLayer(torch.autograd.Function):
         policy, large = call.policy, {"input": hidden_TD}
         large |= {name: tensor for name, tensor in stash.large.items() if stage_of(name) in policy.keep}
         small = {name: tensor for name, tensor in stash.small.items() if not call.rebuilds(name)}
-        moves = {name: tensor for name, tensor in large.items() if call.moves(stage_of(name))}
+        moves = {name: tensor for name, tensor in large.items() if stage_of(name) in policy.offload}
         if moves and not policy.keep:  # then nothing of a layer's tokens stays on the device
             moves |= small
         stays = {name: tensor for name, tensor in (small | large).items() if name not in moves}

@@ -157,10 +157,6 @@ class LayerCall:
         full_TK = picked_SK.new_zeros(self.cos_TK.shape[0], picked_SK.shape[1])
         return full_TK.index_add_(0, self.rows, picked_SK)  # a position may have two targets
 
-    def moves(self, stage: str) -> bool:
-        """Whether the policy moves the result of a stage to the host, which takes it in one piece."""
-        return stage in self.policy.offload
-
     def rebuilds(self, name: str) -> bool:
         """Whether backward computes a small tensor again, with the stage that it falls out of."""
         return name in REBUILT_WITH and REBUILT_WITH[name] not in self.policy.keep

@@ -37,10 +37,7 @@ def project_with_adapters(
     small, key, bias_N = stash.small, f"u_{name}", group.bias(x_TK.dtype)
     if operands is None:
         return _project(x_TK, weights.get(name), bias_N)
-    # What travels has to lie in one piece: products with W and A apart leave it so. With a single adapter the one
-    # with A has so few columns that it was seen to round otherwise than [W; A] does; the rows are copied instead
-    moves, alone = call.moves(name), len(group.projections) == 1
-    if group.foldable and (alone or not moves):
+    if group.foldable:
         weight = weights.get(name, operands)
         if weight.shape[0] > group.columns:
             rows_TN = x_TK.new_empty(x_TK.shape[0], group.columns + beside(group))
@@ -51,8 +48,7 @@ def project_with_adapters(
                 torch.addmm(pad(bias_N, (0, group.foldable)), x_TK, weight.T, out=wide_TN)
             # a copy: reading u from between wide rows costs the RoPE kernel more than the product would
             small[key] = wide_TN[:, group.columns :].contiguous()
-            fused_TN = rows_TN[:, : group.columns]
-            return fused_TN.contiguous() if moves else fused_TN
+            return rows_TN[:, : group.columns]
     else:
         weight = weights.get(name)
     if key not in small:

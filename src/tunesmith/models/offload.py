@@ -30,14 +30,36 @@ from tunesmith.planning.policies import IN_FLIGHT
 
 @dataclass(eq=False)
 class Handle:
-    """Tensors of one layer on their way to the host or back."""
+    """Tensors of one layer on their way to the host or back, each with the room behind its rows.
 
-    shapes: list[tuple[torch.Size, torch.dtype]]
+    Attributes:
+        shapes: of the tensors as they were given.
+        host, device: where they are, whole rows each.
+    """
+
+    shapes: list[torch.Size]
     host: list[Tensor] = field(default_factory=list)
     device: list[Tensor] = field(default_factory=list)
     copied_out: torch.cuda.Event | None = None
     copied_in: torch.cuda.Event | None = None
     where: torch.device | None = None
+
+    def hand_over(self) -> list[Tensor]:
+        """The tensors as they were given; the handle lets go of them."""
+        whole, self.device = self.device, []
+        pairs = zip(whole, self.shapes, strict=True)
+        return [rows if rows.shape == shape else rows[:, : shape[1]] for rows, shape in pairs]
+
+
+def whole_rows(tensor: Tensor) -> Tensor:
+    """The rows `[T, N]` with the room behind them, which lie in one piece with it; a copy where they do not."""
+    if tensor.is_contiguous() or tensor.dim() != 2 or tensor.stride(1) != 1:
+        return tensor.contiguous()
+    rows, stride = tensor.shape[0], tensor.stride(0)
+    ends = (tensor.storage_offset() + rows * stride) * tensor.element_size()
+    if stride < tensor.shape[1] or ends > tensor.untyped_storage().nbytes():
+        return tensor.contiguous()
+    return tensor.as_strided((rows, stride), (stride, 1))
 
 
 class Offloader:
@@ -61,12 +83,11 @@ class Offloader:
 
     def push(self, tensors: list[Tensor]) -> Handle:
         """Start moving tensors to the host; their device memory is given back as soon as they have left."""
-        handle = Handle([(tensor.shape, tensor.dtype) for tensor in tensors])
+        handle = Handle([tensor.shape for tensor in tensors])
+        handle.device = list(tensors) if self._stream is None else [whole_rows(tensor) for tensor in tensors]
         if self._stream is None:
-            handle.device = list(tensors)
             return handle
         handle.where = tensors[0].device
-        handle.device = [tensor.contiguous() for tensor in tensors]
         handle.host += [self._host_buffer(tensor) for tensor in handle.device]
         weakref.finalize(handle, self._release, handle.host)
         compute = torch.cuda.current_stream(handle.where)
@@ -115,8 +136,7 @@ class Offloader:
         assert handle.where is not None
         assert handle.copied_in is not None
         torch.cuda.current_stream(handle.where).wait_event(handle.copied_in)
-        tensors, handle.device = handle.device, []
-        return tensors
+        return handle.hand_over()
 
     def _bring_back(self, handle: Handle) -> None:
         assert self._stream is not None
@@ -129,7 +149,7 @@ class Offloader:
                 self._leaving.remove(handle)
             handle.copied_in = handle.copied_out
         else:
-            handle.device = [torch.empty(s, dtype=d, device=handle.where) for s, d in handle.shapes]
+            handle.device = [torch.empty_like(host, device=handle.where) for host in handle.host]
             self._stream.wait_stream(compute)
             with torch.cuda.stream(self._stream):
                 for host, tensor in zip(handle.host, handle.device, strict=True):

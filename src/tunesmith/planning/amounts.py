@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tunesmith.planning.facts import LayerFacts, Work
+from tunesmith.planning.layer_sizes import Sizes
 from tunesmith.planning.policies import Held
 
 EXTRA_KEYS = (250, 670)
@@ -142,11 +143,11 @@ class LayerAmounts:
         """A norm before a block: reads and writes the stream."""
         return self._pass(2 * rows * self.layer.hidden) if self.layer.norms[place] else NOTHING
 
-    def _read_by(self, name: str, rows: int, *, again: bool, moves: bool = False) -> Amount:
+    def _read_by(self, name: str, rows: int, *, again: bool) -> Amount:
         """The GEMM of a group that reads the normed stream, and its adapters' u where that is not there yet."""
         found = self._gemm(name, rows)
         if self._ranks(name):
-            apart = not again and (self.work.dropout or (moves and len(self.layer.outputs(name)) > 1))
+            apart = self.work.dropout and not again
             found += self._pass(rows * self.layer.hidden if apart else 0.0)
         return found if again else found + self._masks(name, rows)
 
@@ -162,15 +163,14 @@ class LayerAmounts:
                 single = 4.0  # the product waits in float32
         return found + self._pass(single * rows * layer.hidden, 2 if layer.norms[place] else 1)
 
-    def qkv(self, *, again: bool = False, moves: bool = False) -> Amount:
+    def qkv(self, *, again: bool = False) -> Amount:
         """q, k and v as they are kept.
 
         Args:
             again: whether backward computes them, where the adapters' u is still there; so below.
-            moves: whether they travel to the host, for which their rows are laid together.
         """
         layer, tokens = self.layer, self.work.tokens
-        found = self._norm(0, tokens) + self._read_by("qkv", tokens, again=again, moves=moves)
+        found = self._norm(0, tokens) + self._read_by("qkv", tokens, again=again)
         if not layer.qk_norm:
             if self._ranks("qkv"):
                 found += self._pass(ADAPTER_PASSES * 2 * tokens * layer.qkv_columns)
@@ -297,12 +297,10 @@ class LayerAmounts:
 
     # ------------------------------------------------------------------ whole passes
 
-    def forward(self, held: Held) -> Amount:
-        """The whole forward pass; what travels to the host is laid together first."""
-        moves = "qkv" in held.moved
-        found = self.weights() + self.qkv(moves=moves) + self.attention() + self.middle()
-        found += self.gate_up() + self.act() + self.down()
-        return found + (self._pass(2 * self.work.tokens * self.layer.qkv_columns) if moves else NOTHING)
+    def forward(self) -> Amount:
+        """The whole forward pass."""
+        found = self.weights() + self.qkv() + self.attention() + self.middle()
+        return found + self.gate_up() + self.act() + self.down()
 
     def backward(self, held: Held) -> Amount:
         """The whole backward pass, with what was not kept computed again."""
@@ -323,12 +321,14 @@ class LayerAmounts:
     def travelling(self, held: Held) -> float:
         """Bytes on their way to the host, and as many on their way back."""
         layer, work, tokens, rows = self.layer, self.work, self.work.tokens, self.rows
+        sizes = Sizes(layer, work)
+        room = {group: sizes.beside(group) if sizes.folds(group) else 0 for group in ("qkv", "gate_up")}
         columns = {
             "input": tokens * layer.hidden,
-            "qkv": tokens * layer.qkv_columns,
-            "attention": tokens * layer.q_columns,
+            "qkv": tokens * (layer.qkv_columns + room["qkv"]),
+            "attention": tokens * (layer.q_columns + sizes.beside("output")),
             "middle": rows * layer.hidden * (1 - layer.parallel + layer.norms[1] + layer.norms[3]),
-            "gate_up": rows * layer.gate_up_columns,
+            "gate_up": rows * (layer.gate_up_columns + room["gate_up"]),
             "act": rows * layer.inner,
         }
         sums = 4.0 * tokens * layer.heads if "attention" in held.moved else 0.0

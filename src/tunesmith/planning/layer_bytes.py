@@ -68,10 +68,6 @@ class _Layer:
         most = work.tile_tokens
         self.tiled = most is not None and "gate_up" not in self.held.keep and work.tokens > most
 
-    def moves(self, stage: str) -> bool:
-        """Whether the stage's buffers leave for the host, in one piece."""
-        return stage in self.held.moved
-
     # ------------------------------------------------------------------ what both passes do
 
     def norm(self, place: int, result: str) -> None:
@@ -93,13 +89,11 @@ class _Layer:
     def project(self, group: str) -> None:
         """A group that reads normed rows; its u, and its rows with room for ∂u behind them."""
         sizes, tape, key = self.sizes, self.tape, f"u.{group}"
-        columns, moves = self.layer.matrices[group][0], self.moves(group)
+        columns = self.layer.matrices[group][0]
         self.read(group)
-        if sizes.folds(group) and (len(self.layer.outputs(group)) == 1 or not moves):
+        if sizes.folds(group):
             tape.make(group, sizes.rows(columns + sizes.beside(group)))
             tape.make(key, sizes.rows(sizes.ranks(group)))
-            if moves:
-                tape.make(group, sizes.rows(columns))
         else:
             if sizes.adapted(group) and not tape.has(key):
                 tape.make(key, sizes.rows(sizes.ranks(group)))
@@ -114,10 +108,7 @@ class _Layer:
         if sizes.adapted(group) and not tape.has(f"u.{group}"):
             tape.make(f"u.{group}", sizes.rows(sizes.ranks(group)))
         self.read(group)
-        apart = sizes.adapted(group) and not (
-            sizes.folds(group) and not (group == "output" and self.moves("attention"))
-        )
-        if apart:
+        if sizes.adapted(group) and not sizes.folds(group):
             tape.make("wide", sizes.floats(self.layer.hidden))
         tape.make(target, sizes.rows(self.layer.hidden))
         tape.drop("wide")
@@ -134,8 +125,7 @@ class _Layer:
         if not tape.has("output"):
             if layer.qk_norm:
                 tape.make("attended", sizes.rows(layer.qkv_columns))
-            room = 0 if self.moves("attention") else sizes.beside("output")
-            tape.make("output", sizes.rows(layer.q_columns + room))
+            tape.make("output", sizes.rows(layer.q_columns + sizes.beside("output")))
             tape.make("lse", sizes.floats(layer.heads))
             tape.drop("attended")
         tape.drop("normed")
@@ -372,10 +362,27 @@ def glu_splits(tokens: int, inner: int, rank: int) -> int:
     return -(-blocks // tiles)
 
 
-def attention_workspace(layer: LayerFacts, work: Work) -> float:
-    """Of attention's backward: dq in float32, and the products of the output and its gradient."""
-    tokens = len(work.documents) * max(work.documents)
-    return tokens * layer.heads * (layer.head_dim + 1) * FLOAT
+PART_BYTES = 640 << 20
+"""Workspace beyond which attention's backward takes its heads in parts, as `kernels.attention_cudnn` has it."""
+SHORTEST_EQUAL = 64
+"""Documents of one length, if not shorter than this, need no room beyond their own."""
+
+
+def _bucket(value: int) -> int:
+    step = 1 << max(0, (value - 1).bit_length() - (3 if value > 16 else 0))
+    return -(-value // step) * step
+
+
+def attention_workspace(layer: LayerFacts, work: Work) -> int:
+    """Of attention's backward, for each query head: dq in float32, products of the output and its gradient, and ∂k
+    and ∂v where query heads share them."""
+    count, longest = len(work.documents), max(work.documents)
+    if min(work.documents) < max(longest, SHORTEST_EQUAL):
+        count, longest = _bucket(count), _bucket(max(longest, SHORTEST_EQUAL))
+    of_keys = 2 * layer.head_dim * work.itemsize if layer.heads > layer.kv_heads else 0
+    whole = count * longest * layer.heads * ((layer.head_dim + 1) * FLOAT + of_keys)
+    parts = [number for number in range(1, layer.kv_heads + 1) if layer.kv_heads % number == 0]
+    return next((whole // number for number in parts if whole // number <= PART_BYTES), whole // parts[-1])
 
 
 @lru_cache(maxsize=4096)

@@ -34,8 +34,10 @@ HELD: Mapping[str, Held] = {
     "recompute_projections": Held(frozenset({"attention", "middle"})),
     "recompute": Held(),
     "offload": Held(moved=_INPUT),
+    "keep_offload_all": Held(_HALF | {"gate_up"}, moved=_HALF | _INPUT | {"gate_up"}),
 }
-"""By name, fastest first."""
+"""By name, fastest first at rows of usual length; the last one is for long rows."""
 
-IN_FLIGHT = 2
-"""Layers whose copies to the host may be under way at once: the one that was computed last, and the one before."""
+IN_FLIGHT = 1
+"""Layers that run while a layer's copies to the host are under way, before its memory is let go. With more of them
+layers that all move as much would wait as long, since the link is either ahead of the compute or behind it."""

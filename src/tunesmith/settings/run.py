@@ -142,6 +142,7 @@ PolicyName = Literal[
     "recompute_projections",
     "recompute",
     "offload",
+    "keep_offload_all",
 ]
 
 
@@ -153,9 +154,11 @@ class MemorySettings(Section):
     comes by anyway; `keep_offload_attention`: the same, all but gate and up in host memory; `recompute_gate_up`: all
     but gate and up as well, which are computed again; `offload_attention`: the same, in host memory;
     `recompute_projections`: what attention gave and the stream behind it, so that attention alone is not computed
-    again; `recompute`: each layer's input, and the layer runs again; `offload`: the same, in host memory. `auto`: on
-    a GPU with fused layers one for each layer, such that a step takes the least time within `budget`; elsewhere the
-    first of them under which a row fits. All but `keep` and `recompute` need a GPU and fused layers."""
+    again; `recompute`: each layer's input, and the layer runs again; `offload`: the same, in host memory;
+    `keep_offload_all`: what `keep` holds, all of it in host memory, for rows so long that layers take as long as the
+    copies. `auto`: on a GPU with fused layers one for each layer, such that a step takes the least time within
+    `budget`; elsewhere the first of them under which a row fits. All but `keep` and `recompute` need a GPU and fused
+    layers."""
     embedding: Literal["auto", "device", "host"] = "auto"
     """Where the input embedding lies: on the `device`, or in pinned memory of the `host`, from where a step reads the
     rows of its tokens; of a 70B model that frees 2 GiB. `auto`: where a step is faster within `budget`. The host is
