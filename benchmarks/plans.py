@@ -31,6 +31,7 @@ from benchmarks.peers.tables import OPTIMIZERS
 from benchmarks.planned import GIB, card_name, facts_of, foreseen, plan_step, work_of
 from benchmarks.shapes import SHAPES, batch_size
 from tunesmith.planning.plan import Plan
+from tunesmith.training.allocator import grow_segments
 
 BATCHES = 4
 """Different batches, taken in turn."""
@@ -135,6 +136,7 @@ def measure(arguments: argparse.Namespace) -> None:
     """Build each model, run its layouts, write and print a row for each."""
     from benchmarks.shapes import random_model
 
+    grow_segments()
     card = find_card()
     for layers in arguments.layers or [SHAPES[arguments.shape]["num_hidden_layers"]]:
         plans = plans_of(arguments, layers, card_name(card.name))

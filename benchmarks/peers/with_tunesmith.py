@@ -26,6 +26,7 @@ from tunesmith.objectives.sft import SFT
 from tunesmith.planning.fit import pinnable
 from tunesmith.planning.graphs import graphs_pay
 from tunesmith.planning.plan import Plan
+from tunesmith.training.allocator import grow_segments
 from tunesmith.training.optim import build_optimizer
 from tunesmith.training.step import ObjectiveLoss, train_step
 
@@ -104,6 +105,7 @@ def planned(work: Work, row: Documents, dtype: torch.dtype) -> Plan:
 
 def measure(work: Work) -> Iterator[dict[str, Any]]:
     """The row of results."""
+    grow_segments()
     device, dtype = device_and_dtype()
     model = load_model(
         work.checkpoint, device=device, dtype=dtype, quantize="nf4" if work.adapter == "qlora" else "none"

@@ -25,7 +25,7 @@ def row(**changes: Any) -> dict[str, Any]:
     """One of results as `plans.py` writes it."""
     return {
         "shape": "8b", "layers": 32, "adapter": "qlora", "rows": 2, "length": 4096, "mean": None,
-        "supervised": 1.0, "optimizer": "adamw", "asked": "keep", "layout": "32 × keep",
+        "supervised": 1.0, "optimizer": "adamw", "asked": "keep", "plan": "32 × keep",
         "embedding": "device", "fits": True, "status": "ok",
         "foreseen_peak_gib": 30.3, "foreseen_host_gib": 0.0, "foreseen_seconds": 0.51, "tokens_per_second": 16000,
         "step_seconds": 0.5, "peak_gib": 30.0, "reserved_gib": 31.0, "host_gib": 0.0,
@@ -73,7 +73,7 @@ def test_layouts_compute_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert found["card"] == "CPU"
         assert found["fallbacks"] == {}
         assert found["optimizer"] == "adamw_8bit"
-        assert found["layout"] == f"{found['layers']} × {found['asked']}"
+        assert found["plan"] == f"{found['layers']} × {found['asked']}"
     for keep, recompute in (rows[:2], rows[2:]):
         # the adapter trains on from layout to layout, a little in three steps
         assert recompute["losses"] == pytest.approx(keep["losses"], abs=0.01)

@@ -66,7 +66,7 @@ def test_a_planned_step_loses_the_same_and_says_what_was_foreseen(checkpoint):
     (row,) = with_tunesmith.measure(tiny_work(checkpoint, ["packed"], options=options))
 
     assert row["losses"] == pytest.approx(ours(checkpoint), abs=TOLERANCE)
-    assert row["layout"] == "2 × keep_all"
+    assert (row["layout"], row["plan"]) == ("packed", "2 × keep_all")
     assert row["foreseen_peak_gib"] > 0
     assert row["fits"]
 

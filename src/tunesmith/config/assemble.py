@@ -39,6 +39,7 @@ from tunesmith.planning.fit import STATE_BYTES, STOCK_POLICIES, USABLE, Fit, fit
 from tunesmith.planning.graphs import graphs_pay, graphs_refusal
 from tunesmith.settings.model import AdapterSettings
 from tunesmith.settings.run import RunSettings
+from tunesmith.training.allocator import grow_segments
 from tunesmith.training.cadence import Cadence, MicroBatching
 from tunesmith.training.checkpoint import CheckpointStore
 from tunesmith.training.groups import Pattern
@@ -316,6 +317,8 @@ def assemble(
         exact_cuda_algorithms()
     check_installed(train.optimizer)
     device = choose_device()
+    if device.type == "cuda":
+        grow_segments()
     _check_policy(settings, device, None)
     attention = choose_attention(settings.model.attention, device, choose_dtype(settings.model.dtype, device))
     torch.manual_seed(train.seed)
