@@ -143,7 +143,7 @@ class _Builder:
         count, size, row, _, _ = self._layouts[name]
         batch, length = self.shape.documents, self.shape.length
         if name == "lse" and not self.shape.ragged:  # a matrix a document, as cuDNN packs it
-            return [batch, count, length, 1], [self.shape.heads.query * length, length, 1, 1]
+            return [batch, count, length, 1], [count * length, length, 1, 1]
         return [batch, count, length, size], [length * row, size, row, 1]
 
     def input(self, name: str) -> Any:
@@ -239,6 +239,8 @@ def _backward(
     for number in range(heads.key_value // part.key_value):
         values = {name: _run(value, number, part.query) for name, value in of_queries.items()}
         values |= {name: _run(value, number, part.key_value) for name, value in of_key_values.items()}
+        if not shape.ragged:  # the one tensor that cuDNN takes in one piece only
+            values["lse"] = values["lse"].contiguous()
         _execute(plan, values | where)
     return grad_TN
 
