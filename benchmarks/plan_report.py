@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.tables import OPTIMIZERS
+from benchmarks.peers.tables import OPTIMIZERS, TITLES
 from benchmarks.planned import GIB, card_name, facts_of, plan_step, work_of
 
 Record = dict[str, Any]
@@ -41,7 +41,7 @@ def off(found: float, foreseen: float) -> str:
 
 def title(row: Record) -> str:
     """The work of a row in words."""
-    words = [f"{row['shape'].upper()} {row['adapter']}", f"{row['rows']}×{row['length']:,} tokens"]
+    words = [f"{row['shape'].upper()} {TITLES[row['adapter']]}", f"{row['rows']}×{row['length']:,} tokens"]
     words += [str(row["optimizer"])] if row["optimizer"] != OPTIMIZERS[row["adapter"]][0] else []
     words += [f"documents of mean length {row['mean']}"] if row["mean"] else []
     words += [f"{row['supervised']:.0%} supervised"] if row["supervised"] < 1 else []
@@ -167,6 +167,7 @@ def draw(rows: Sequence[Record], beside: Sequence[tuple[str, float, float]], pat
         axes.plot([p[1] for p in beside], [p[2] / 1000 for p in beside], "s", color=_PEER, label="peers")
     for name, peak, speed in beside:
         axes.annotate(name, (peak, speed / 1000), xytext=(6, -11), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.12)  # for the names beside the last points
     axes.set_xlabel("peak of GPU memory, GiB")
     axes.set_ylabel("thousand tokens per second")
     axes.set_title(f"{title(rows[0])}, {rows[0]['card']}", fontsize=10)

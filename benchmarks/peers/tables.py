@@ -12,7 +12,7 @@ RANK = 16
 OPTIMIZERS = {"lora": ("adamw", 2e-4), "qlora": ("adamw", 2e-4), "full": ("adamw_8bit", 2e-5)}
 """Optimizer and learning rate by what trains, under our names; the peers' are torch's and bitsandbytes'."""
 
-_TITLES = {"lora": "LoRA", "qlora": "QLoRA", "full": "full fine-tuning"}
+TITLES = {"lora": "LoRA", "qlora": "QLoRA", "full": "full fine-tuning"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Case:
     @property
     def title(self) -> str:
         """A line for people."""
-        what = f"{self.shape.upper()} {_TITLES[self.adapter]}"
+        what = f"{self.shape.upper()} {TITLES[self.adapter]}"
         size = f"{self.rows}×{self.length:,} tokens"
         extra = [f"documents of mean length {self.mean}"] if self.mean else []
         extra += [f"{self.supervised:.0%} of positions supervised"] if self.supervised < 1 else []

@@ -92,7 +92,7 @@ def test_the_last_row_of_a_layout_counts(tmp_path: Path) -> None:
 
 def test_the_table_says_how_far_off_forecasts_were() -> None:
     text = "\n".join(plan_report.table([row(), row(asked="within 4", status="oom", foreseen_peak_gib=7.5)]))
-    assert "8B qlora, 2×4,096 tokens, NVIDIA H100 80GB HBM3, 2026-11-27" in text
+    assert "8B QLoRA, 2×4,096 tokens, NVIDIA H100 80GB HBM3, 2026-11-27" in text
     assert "| 16,000 | 0.500, +2.0% | 30.00, +1.0% | 31.00 | 0.00 |" in text
     assert "| oom | | 7.50 | | |" in text
 
@@ -112,9 +112,9 @@ def test_where_the_embedding_lay_and_who_updated_is_told_apart() -> None:
     coded = [row(layers=n, peak_gib=3.0 + 2.0 * n, optimizer="adamw_8bit") for n in (4, 8)]
     lines = list(plan_report.account([*there, *moved, *coded], 10))
     assert [line.partition(" GiB a layer")[0] for line in lines] == [
-        "8B qlora, 2×4,096 tokens, keep: 2.000",
-        "8B qlora, 2×4,096 tokens, keep, embedding in host memory: 2.000",
-        "8B qlora, 2×4,096 tokens, adamw_8bit, keep: 2.000",
+        "8B QLoRA, 2×4,096 tokens, keep: 2.000",
+        "8B QLoRA, 2×4,096 tokens, keep, embedding in host memory: 2.000",
+        "8B QLoRA, 2×4,096 tokens, adamw_8bit, keep: 2.000",
     ]
     for line, size in zip(lines, (25, 24, 23), strict=True):
         assert f"{size:.2f} GiB with 10 layers" in line

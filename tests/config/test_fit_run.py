@@ -26,6 +26,8 @@ from tunesmith.models import host_embedding
 from tunesmith.models.adapter import add_lora
 from tunesmith.models.calibrate import Calibration
 from tunesmith.models.head import CausalModel
+from tunesmith.models.host_embedding import HostEmbedding
+from tunesmith.models.host_memory import NoHostMemoryError
 from tunesmith.models.install import Installed, install
 from tunesmith.planning.cards import CARDS
 from tunesmith.planning.facts import Work
@@ -428,7 +430,7 @@ def test_a_host_that_pins_nothing_more_keeps_the_embedding_on_the_device(monkeyp
     causal, installed = fused_model(tie_word_embeddings=False)
 
     def refuse(_table):
-        raise RuntimeError("cannot pin 1 GiB\nmore words")
+        raise NoHostMemoryError("cannot pin 1 GiB\nmore words")
 
     monkeypatch.setattr(host_embedding, "pinned_copy", refuse)
     rich = planned(causal, installed, memory={"policy": "keep_all"}, train={"micro_batch": 1})
@@ -440,8 +442,61 @@ def test_a_host_that_pins_nothing_more_keeps_the_embedding_on_the_device(monkeyp
     assert found.plan.embedding == "device"
     assert installed.embedding is None
     assert tuple(policy.name for policy in installed.policies) == found.solution.policies
+    assert "The input embedding stays on the GPU: cannot pin 1 GiB." in found.warnings()
     with pytest.raises(UserError, match="host is not possible: cannot pin 1 GiB"):
         planned(causal, installed, host=GIB, memory={"embedding": "host"})
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), model=causal.model)
+    with pytest.raises(UserError, match="host is not possible: cannot pin 1 GiB"):
+        fit_run.place_embedding(settings(memory={"embedding": "host"}), on_gpu, installed)
+
+
+def on_the_way_back(monkeypatch: pytest.MonkeyPatch) -> tuple[Planned, Installed]:
+    """A plan whose next layout has the embedding on the device again, which has no room for it."""
+    causal, installed = fused_model(tie_word_embeddings=False)
+    found = planned(causal, installed, host=GIB, train={"global_batch": 8}, memory={"embedding": "host"})
+    found.request = replace(found.request, embedding="device")
+
+    def no_room(_moved: HostEmbedding) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    monkeypatch.setattr(HostEmbedding, "undo", no_room)
+    return found, installed
+
+
+def test_a_device_without_room_for_the_embedding_is_out_of_memory(monkeypatch):
+    """Not taken for a host that pins nothing more."""
+    found, installed = on_the_way_back(monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError):
+        found.regroup(4096)
+    assert installed.embedding is not None
+    assert not found.stays
+
+
+def test_a_leaner_layout_leaves_the_embedding_on_the_host_where_the_device_has_no_room(monkeypatch):
+    found, installed = on_the_way_back(monkeypatch)
+    before = found.solution
+    leaner = found.down(4096 * before.rows, 4096)
+    assert leaner is not None
+    assert installed.embedding is not None
+    assert found.plan.embedding == "host", "the plan says where it lies"
+    assert found.solution.peak < before.peak
+    assert tuple(policy.name for policy in installed.policies) == found.solution.policies
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error")])
+def test_another_fault_of_the_move_goes_on_to_the_caller(error, monkeypatch):
+    causal, installed = fused_model(tie_word_embeddings=False)
+
+    def fail(_table):
+        raise error
+
+    monkeypatch.setattr(host_embedding, "pinned_copy", fail)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), model=causal.model)
+    with pytest.raises(type(error), match=str(error)):
+        planned(causal, installed, host=GIB, memory={"embedding": "host"})
+    with pytest.raises(type(error), match=str(error)):
+        fit_run.place_embedding(settings(memory={"embedding": "host"}), on_gpu, installed)
+    assert installed.embedding is None
 
 
 def test_the_embedding_is_moved_where_nothing_is_planned():

@@ -30,7 +30,7 @@ from tunesmith.models.door import open_door
 from tunesmith.models.generate import Sampling, Stop, generate
 from tunesmith.models.head import CausalModel
 from tunesmith.models.host_embedding import NotMovableError, move_embedding_to_host, reason_to_stay
-from tunesmith.models.host_memory import pinned_copy
+from tunesmith.models.host_memory import NoHostMemoryError, pinned_copy
 from tunesmith.models.install import install
 from tunesmith.models.neftune import noisy_embeddings
 from tunesmith.objectives.sft import SFT
@@ -370,12 +370,12 @@ def test_it_is_not_moved_twice() -> None:
 
 def test_without_memory_to_pin_the_model_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     def none_left(_: Tensor) -> Tensor:
-        raise RuntimeError("cannot be pinned")
+        raise NoHostMemoryError("cannot be pinned")
 
     monkeypatch.setattr(host_embedding, "pinned_copy", none_left)
     model = untied()
     embedding, expected = model.get_input_embeddings(), logits(model, "cpu")
-    with pytest.raises(RuntimeError, match="cannot be pinned"):
+    with pytest.raises(NoHostMemoryError, match="cannot be pinned"):
         install(model).set_embedding_on_host(True)
     assert isinstance(embedding.weight, nn.Parameter)
     assert "forward" not in vars(embedding)

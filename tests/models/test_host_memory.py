@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.models import host_memory
-from tunesmith.models.host_memory import ALIGNMENT, LARGEST_PIECE, SMALLEST_PIECE, HostMemory
+from tunesmith.models.host_memory import (
+    ALIGNMENT,
+    LARGEST_PIECE,
+    SMALLEST_PIECE,
+    HostMemory,
+    NoHostMemoryError,
+    pinned_copy,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +78,18 @@ def test_a_buffer_of_another_memory_is_refused() -> None:
 def test_the_bounds() -> None:
     assert SMALLEST_PIECE < LARGEST_PIECE
     assert LARGEST_PIECE % ALIGNMENT == SMALLEST_PIECE % ALIGNMENT == 0
+
+
+def test_a_host_without_memory_for_a_copy_says_so() -> None:
+    with pytest.raises(NoHostMemoryError, match="40000000000000000 bytes of host memory are not free"):
+        pinned_copy(torch.zeros(1).expand(10**16))
+
+
+def test_a_host_that_pins_no_more_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    table: Any = SimpleNamespace(shape=(3, 5), dtype=torch.bfloat16, is_cuda=True)
+    with pytest.raises(
+        NoHostMemoryError, match=r"^30 bytes of host memory cannot be pinned \(CUDA error 2\)$"
+    ):
+        pinned_copy(table)

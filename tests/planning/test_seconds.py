@@ -56,14 +56,17 @@ class Row:
     layers: int | None = None
 
     def __str__(self) -> str:
-        kind = "full" if self.work.full else self.work.quantize
-        return (
-            f"{self.card}-{self.shape}-{kind}-{len(self.work.documents)}-{self.policy}-{self.layers or 'all'}"
-        )
+        work, kind = self.work, "full" if self.work.full else self.work.quantize
+        size = f"{len(work.documents)}x{max(work.documents)}"
+        return f"{self.card}-{self.shape}-{kind}-{size}-{self.policy}-{self.layers or 'all'}"
 
 
 def both(card: str, shape: str, names: Sequence[str], speeds: Sequence[int], layers: int | None = None):
     return [Row(card, shape, QLORA, name, speed, layers) for name, speed in zip(names, speeds, strict=True)]
+
+
+def long_row(tokens: int) -> Work:
+    return replace(QLORA, documents=(tokens,), supervised=tokens - 1)
 
 
 LEAN, RICH = ("keep", "offload_attention"), ("keep", "keep_all")
@@ -97,6 +100,11 @@ MEASURED = [
     *both("H100-80GB", "gemma2-9b", RICH, (42_906, 43_249), 8),
     *both("H100-80GB", "gemma3-12b", RICH, (44_624, 44_606), 8),
     *both("H100-80GB", "phi-4", RICH, (39_796, 38_847), 8),
+    # planned steps of 8 and 4 layers of the 70B shape
+    Row("H100-80GB", "70b", long_row(4096), "keep_all", 16_972, 8),
+    Row("H100-80GB", "70b", long_row(32_768), "keep_all", 12_456, 8),
+    Row("H100-80GB", "70b", long_row(120_000), "offload", 9_633, 4),
+    Row("H100-80GB", "70b", long_row(120_000), "offload", 4_966, 8),
 ]
 
 

@@ -126,6 +126,24 @@ def test_no_layout_whose_first_layers_move_under_one_policy_is_faster(window):
     assert moved > 3
 
 
+def test_gate_and_up_travel_in_long_rows_where_the_link_keeps_up():
+    wide = LayerFacts(hidden=8192, inner=28_672, heads=64, kv_heads=8, head_dim=128, rotary_dim=128)
+    facts, moved = model(*[wide] * 6), "keep_offload_all"
+    for tokens, rates, pays in (
+        (32_768, RATES, True),
+        (8_192, RATES, False),
+        (32_768, replace(RATES, host_link=RATES.host_link / 2), False),
+    ):
+        asked = request(tokens=tokens, work={"quantize": "nf4"})
+        low, high = (Frame(facts, asked, 1, rates).peak((name,) * 6) for name in ("offload", "keep"))
+        found = [solve(facts, asked, rates, low + (high - low) * part // 20) for part in range(21)]
+        assert any(moved in one.policies for one in found) == pays
+        named = solve(facts, replace(asked, policy=moved), rates, high)
+        assert set(named.policies) == {moved}
+        lean = solve(facts, replace(asked, policy="offload_attention"), rates, high)
+        assert not pays or named.seconds < 0.95 * lean.seconds
+
+
 @pytest.mark.parametrize("host_bytes", [None, 250 * MIB])
 def test_no_layout_whose_first_layers_move_under_two_policies_is_faster(host_bytes):
     """All of them with the leaner one first, at 31 budgets."""

@@ -22,6 +22,7 @@ from tunesmith.data.feed import TableFeed
 from tunesmith.models.calibrate import Calibration, calibrate
 from tunesmith.models.head import CausalModel
 from tunesmith.models.host_embedding import NotMovableError, reason_to_stay
+from tunesmith.models.host_memory import NoHostMemoryError
 from tunesmith.models.install import Installed
 from tunesmith.models.offload import Offloader
 from tunesmith.planning.bytes import Fixed, fixed_bytes
@@ -173,6 +174,7 @@ class Planned:
         solution: the layout in use.
         installed: the layers that follow it.
         note: one sentence on rates that could not be measured, else empty.
+        stays: one sentence on an input embedding that was to be on the host and had no room there, else empty.
     """
 
     facts: ModelFacts
@@ -183,6 +185,7 @@ class Planned:
     solution: Solution
     installed: Installed
     note: str = ""
+    stays: str = ""
 
     @property
     def plan(self) -> Plan:
@@ -203,8 +206,7 @@ class Planned:
 
     def warnings(self) -> Iterator[str]:
         """What a person should know before the run starts."""
-        if self.note:
-            yield self.note
+        yield from filter(None, (self.note, self.stays))
         plan = self.plan
         if not plan.fits:
             yield (
@@ -221,13 +223,21 @@ class Planned:
             self.follow()
 
     def follow(self) -> None:
-        """Have the layers keep what the layout says, and the input embedding lie where it says."""
+        """Have the layers keep what the layout says, and the input embedding lie where it says.
+
+        Where the host has no memory for it, the layout becomes one with the embedding on the device.
+
+        Raises:
+            UserError: it has none, and `memory.embedding` is `host`.
+            torch.OutOfMemoryError: the device has no room for the embedding, which is on the host still.
+        """
         self.installed.set_policies(self.solution.policies)
         try:
             self.installed.set_embedding_on_host(self.solution.frame.work.host_embedding)
-        except RuntimeError as error:  # the host has no more to pin
+        except NoHostMemoryError as error:
             if self.request.embedding == "host":
                 raise embedding_error(first_line(error)) from None
+            self.stays = f"The input embedding stays on the GPU: {first_line(error)}."
             self.request = replace(self.request, embedding="device")
             self.solution = self._solve(self.solution.rows, self.budget)
             self.installed.set_policies(self.solution.policies)
@@ -256,7 +266,15 @@ class Planned:
         self.solution, self.budget = solution, budget
         # tensors of the step that failed may be on their way in the one before
         self.installed.offloader = Offloader(enabled=next(self.installed.model.parameters()).is_cuda)
-        self.follow()
+        try:
+            self.follow()
+        except torch.OutOfMemoryError:
+            if self.installed.embedding is None:
+                raise
+            # no room for the embedding's way back: a leaner layout leaves it on the host
+            self.request = replace(self.request, embedding="host")
+            self.solution = self._solve(solution.rows, budget)
+            self.follow()
         rows = solution.rows
         return Leaner(f"layers {self.plan.layout} and micro-batches of {rows} row{'s' * (rows > 1)}")
 
@@ -355,5 +373,5 @@ def place_embedding(settings: RunSettings, causal: CausalModel, installed: Insta
         raise embedding_error("layers are not fused")
     try:
         installed.set_embedding_on_host(True)
-    except (NotMovableError, RuntimeError) as error:
+    except (NotMovableError, NoHostMemoryError) as error:
         raise embedding_error(first_line(error)) from None

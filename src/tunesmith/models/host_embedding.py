@@ -77,7 +77,7 @@ def move_embedding_to_host(model: Any) -> HostEmbedding:
 
     Raises:
         NotMovableError: `reason_to_stay` has one.
-        RuntimeError: the host has no such memory left to pin; the model is as it was.
+        NoHostMemoryError: the host has no such memory left to pin; the model is as it was.
     """
     reason = reason_to_stay(model)
     if reason is not None:

@@ -24,6 +24,13 @@ _PORTABLE, _MAPPED = 1, 2
 """`cudaHostRegister`: pinned for every context, and with an address that kernels can read."""
 
 
+class NoHostMemoryError(Exception):
+    """The host has no such memory left, or none left to pin; the text says how much was asked for.
+
+    It is no `RuntimeError`, which a device without room raises as well.
+    """
+
+
 @dataclass(eq=False, slots=True)
 class _Piece:
     """Memory of one allocation, and the spans `(start, end)` of it that are free, in order, none touching another."""
@@ -106,13 +113,19 @@ def pinned_copy(value: Tensor) -> Tensor:
     It is pinned for as long as it lives.
 
     Raises:
-        RuntimeError: the host has no such memory left, or none left to pin.
+        NoHostMemoryError: the host has no such memory left, or none left to pin.
     """
-    host = torch.empty(value.shape, dtype=value.dtype)
+    try:
+        host = torch.empty(value.shape, dtype=value.dtype)
+    except RuntimeError as error:
+        size = value.numel() * value.itemsize
+        raise NoHostMemoryError(f"{size} bytes of host memory are not free") from error
     if value.is_cuda:
         code = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, _PORTABLE | _MAPPED))
         if code != 0:
-            raise RuntimeError(f"{host.nbytes} bytes of host memory cannot be pinned (CUDA error {code})")
+            raise NoHostMemoryError(
+                f"{host.nbytes} bytes of host memory cannot be pinned (CUDA error {code})"
+            )
         unpin = weakref.finalize(host, _unpin, host.data_ptr(), value.device)
         unpin.atexit = False  # the process gives it back, when the driver is gone already
     return host.copy_(value)

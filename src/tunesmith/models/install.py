@@ -80,7 +80,8 @@ class Installed:
         """Hold the input embedding in pinned host memory, or on its device again; between steps.
 
         Raises:
-            NotMovableError, RuntimeError: see `host_embedding.move_embedding_to_host`.
+            NotMovableError, NoHostMemoryError: see `host_embedding.move_embedding_to_host`.
+            torch.OutOfMemoryError: see `HostEmbedding.undo`; it is on the host still.
         """
         if self.embedding is not None and not wanted:
             self.embedding.undo()

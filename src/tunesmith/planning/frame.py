@@ -70,6 +70,15 @@ class Way:
     seconds: float
 
 
+LINK_BEHIND = 1.1
+"""Gate and up travel in long rows only, and where a layer's copies take at most so much longer than its forward pass.
+Elsewhere they gain a few tenths of a per cent, for several times the host memory."""
+
+
+def _keeps_up(timed: LayerSeconds) -> bool:
+    return timed.link <= LINK_BEHIND * timed.computing[0]
+
+
 class Frame:
     """What a step takes.
 
@@ -82,6 +91,7 @@ class Frame:
 
     Attributes:
         names: policies that the layers have, fastest first on a card with a fast link.
+        moving: those of them that move tensors to the host and may pay, the leanest first.
         kinds: for each layer the number of its kind; ways: for each kind what every policy makes of it.
         forward: for each layer the bytes of its forward pass beside what layers hold and its own need; backward
             likewise.
@@ -109,6 +119,7 @@ class Frame:
         self.count = len(model.layers)
         self.embedded = rounded(self.work.tokens * model.hidden * self.work.itemsize)
         self._read_kinds()
+        self.moving = self._moving()
         self._read_overheads()
         self._read_seconds()
         self._read_sums()
@@ -132,6 +143,16 @@ class Frame:
             timed = layer_seconds(layer, self.work, name, self.rates, rows=rows, fused=fused)
             ways[name] = Way(cost.kept, cost.moved, cost.forward, cost.backward, timed, sum(timed.computing))
         return ways
+
+    def _moving(self) -> tuple[str, ...]:
+        ways = self.ways[self.kinds[0]]
+        moving = [name for name in self.names if ways[name].moved]
+        long = self.work.tile_tokens is not None and self.work.tokens > self.work.tile_tokens
+        pays = [
+            name for name in moving
+            if "gate_up" not in HELD[name].moved or (long and _keeps_up(ways[name].timed))
+        ]  # fmt: skip
+        return tuple(sorted(pays, key=lambda name: (ways[name].kept, -ways[name].seconds)))
 
     def _read_overheads(self) -> None:
         """Takes the layers' own bytes out of a timeline."""

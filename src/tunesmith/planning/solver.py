@@ -198,14 +198,12 @@ def _lean_first(frame: Frame, prefix: Prefix, rest: Sequence[str], room: int) ->
 def _candidates(frame: Frame, search: Search, host_bytes: float) -> Iterator[tuple[float, Parts]]:
     """First layers that move tensors to the host, under one policy or two, the leaner one first; each with seconds
     that no layout goes below which begins so."""
-    count, ways, sums = frame.count, frame.ways[frame.kinds[0]], frame.sums
-    moving = [name for name in frame.names if ways[name].moved]
-    moving.sort(key=lambda name: (ways[name].kept, -ways[name].seconds))
-    for lean, first in product(moving, range(1, count + 1)):
+    count, sums = frame.count, frame.sums
+    for lean, first in product(frame.moving, range(1, count + 1)):
         kept, moved, seconds = (values[first] for values in sums[lean])
         if moved <= host_bytes:
             yield search.bound(kept, seconds, first), ((lean, first),)
-    for (lean, rich), first in product(combinations(moving, 2), range(1, count)):
+    for (lean, rich), first in product(combinations(frame.moving, 2), range(1, count)):
         of_rich = sums[rich]
         kept, moved, seconds = (sums[lean][what][first] - of_rich[what][first] for what in range(3))
         for end in range(first + 1, count + 1):
