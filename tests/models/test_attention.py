@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -146,3 +148,15 @@ def test_varlen_matches_float64(dtype, window):
     tolerance = 1.5e-2 if dtype == torch.bfloat16 else 2e-3
     for got, want in [(ours, theirs), *((a.grad, b.grad) for a, b in zip(leaves, exact, strict=True))]:
         assert (got.double() - want).norm() / want.norm() < tolerance
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "deepseek_v4", "glm_moe_dsa"])
+def test_a_model_that_picks_its_keys_is_refused(family):
+    config = AutoConfig.for_model(family, **_SMALL)
+    model = SimpleNamespace(config=config)
+    with (
+        pytest.raises(UserError, match=r"picks the [0-9]+ keys that each token attends to") as caught,
+        packed_attention(model, "sdpa"),
+    ):
+        pass
+    assert "FastLanguageModel" in caught.value.hint

@@ -435,6 +435,12 @@ def test_float32_embeddings_on_a_model_in_16_bits():
     assert (packed - expected)[real].norm() / expected[real].norm() < 2e-2  # 8 bits, a few layers
 
 
+PICKS_KEYS = {
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 16, "q_lora_rank": 16,
+    "num_key_value_heads": 4, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+
 SHUT = {
     "mamba": ({"state_size": 8}, "its attention does not go through the attention interface"),
     "lfm2": ({"layer_types": ["conv", "full_attention", "conv"]}, "its hidden states differ in a packed row"),
@@ -442,6 +448,8 @@ SHUT = {
     "llama4_text": ({"attention_chunk_size": 8192, "intermediate_size_mlp": 48, "num_local_experts": 2},
                     "its attention mask has a pattern of its own"),
     "nemotron": ({}, "its attention is not told where documents begin"),
+    "deepseek_v32": (PICKS_KEYS, "its attention picks the keys of each token"),
+    "deepseek_v4": (PICKS_KEYS, "its attention picks the keys of each token"),
 }  # fmt: skip
 
 

@@ -65,6 +65,8 @@ _MAMBA = {
 
 CARRIES = "carries one document of a row into the next"
 NOT_TOLD = "its attention is not told where documents begin"
+PICKS = "picks the [0-9]+ keys that each token attends to, which packed attention does not compute"
+PICKING = "its attention picks the keys of each token"
 NO_INTERFACE = "does not let its attention be replaced"
 
 FAMILIES: dict[str, tuple[dict[str, Any], str | None, str | None]] = {
@@ -104,6 +106,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None, str | None]] = {
     "glm4_moe": (_ROUTED, None, None),
     "deepseek_v2": (_ROUTED | LATENT | {"num_key_value_heads": 4}, None, None),
     "deepseek_v3": (_ROUTED | LATENT | {"num_key_value_heads": 4}, None, None),
+    "deepseek_v32": (_ROUTED | LATENT | {"num_key_value_heads": 4}, PICKS, PICKING),
+    "deepseek_v4": (_ROUTED | LATENT, PICKS, PICKING),
     "exaone4": ({"sliding_window": 4}, None, None),
     "ernie4_5": ({}, None, None),
     "ernie4_5_moe": ({"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16}, None, None),
@@ -114,6 +118,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None, str | None]] = {
     "apertus": ({}, None, None),
     "arcee": ({}, None, None),
     "biogpt": ({}, None, None),
+    "glm_moe_dsa": (_ROUTED | LATENT | {"num_key_value_heads": 4}, PICKS, PICKING),
     "gpt_oss": (_EXPERTS | {"sliding_window": 4}, None, None),
     "afmoe": (_ROUTED, None, None),
     "aria_text": (_EXPERTS | {"moe_num_experts": 4}, None, None),

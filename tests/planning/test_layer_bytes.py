@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,12 +15,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.fake_gpu import FakeOffloader, Live, fake_gpu, in_4_bits, materialise
-from tunesmith.kernels.attention import Documents
+from tunesmith.kernels import attention_cudnn
+from tunesmith.kernels.attention import Documents, Heads
 from tunesmith.models import offload
 from tunesmith.models.install import Installed, install
 from tunesmith.models.projections import SPARE_ROWS
 from tunesmith.models.tiles import ALIGNED, TILE_TOKENS
-from tunesmith.planning import layer_sizes, policies
+from tunesmith.planning import layer_sizes, policies, workspaces
 from tunesmith.planning.facts import LayerFacts, Work
 from tunesmith.planning.layer_bytes import layer_bytes
 from tunesmith.planning.policies import HELD
@@ -173,6 +175,22 @@ def biased(layer: LayerFacts) -> bool:
 def test_what_the_tape_repeats_of_other_modules() -> None:
     assert (policies.IN_FLIGHT, layer_sizes.SPARE_ROWS) == (offload.IN_FLIGHT, SPARE_ROWS)
     assert (layer_sizes.TILE_ALIGNED, Work((1,), 1).tile_tokens) == (ALIGNED, TILE_TOKENS)
+    of_cudnn = attention_cudnn.PART_BYTES, attention_cudnn.SHORTEST_EQUAL
+    assert of_cudnn == (workspaces.PART_BYTES, workspaces.SHORTEST_EQUAL)
+
+
+@pytest.mark.parametrize(
+    "lengths", [(4096, 4096), (63, 63), (700, 3, 12), (200_000,), (90_000, 90_000, 11)], ids=str
+)
+@pytest.mark.parametrize("heads", [Heads(32, 8, 128), Heads(9, 3, 64), Heads(16, 16, 96)], ids=str)
+def test_the_workspace_of_attention_is_that_of_a_part(lengths: tuple[int, ...], heads: Heads) -> None:
+    documents = Documents(lengths, torch.tensor([0, *lengths]).cumsum(0).to(torch.int32))
+    size = (len(lengths), lengths[0]) if lengths == (lengths[0],) * len(lengths) and lengths[0] > 63 else None
+    tokens = math.prod(size or attention_cudnn.ragged_size(documents))
+    layer = LayerFacts(64, 64, heads.query, heads.key_value, heads.size, heads.size)
+    part = attention_cudnn.backward_part(tokens, heads, 2)
+    expected = attention_cudnn.backward_workspace(tokens, part, 2)
+    assert workspaces.attention_workspace(layer, Work(lengths, 1)) == expected
 
 
 def test_less_is_kept_by_every_leaner_policy() -> None:

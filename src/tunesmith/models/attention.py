@@ -283,6 +283,15 @@ def attending(config: Any, registered: str) -> Iterator[None]:
         config._attn_implementation = before
 
 
+def picked_keys(config: Any) -> int | None:
+    """How many keys each token picks to attend to, by an indexer of the model's own; None where it attends to all.
+
+    Such layers read the mask to pick among the keys of the whole row, and some append keys of their own. Packed
+    attention has no mask, and would attend to what was not picked. Rows of a few tokens do not show it.
+    """
+    return getattr(config.get_text_config(), "index_topk", None) or None
+
+
 @contextmanager
 def packed_attention(model: Any, name: str) -> Iterator[None]:
     """Within the block `model` attends by the row `name` of `ATTENTION`; afterwards as it did before."""
@@ -290,6 +299,13 @@ def packed_attention(model: Any, name: str) -> Iterator[None]:
     if chunk is not None:
         raise UserError(
             f"{type(model).__name__} attends in chunks of {chunk} tokens, which packed attention does not compute."
+        )
+    picked = picked_keys(model.config)
+    if picked is not None:
+        raise UserError(
+            f"{type(model).__name__} picks the {picked} keys that each token attends to, "
+            "which packed attention does not compute.",
+            hint="FastLanguageModel trains it on padded rows, by transformers' own attention.",
         )
     register_attention()
     with attending_all(model, ATTENTION[name][0]):

@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from tunesmith.contracts.errors import UserError
-from tunesmith.models.attention import sdpa_attention
+from tunesmith.models.attention import picked_keys, sdpa_attention
 from tunesmith.models.modes import evaluating
 from tunesmith.models.packed_call import run_packed
 from tunesmith.models.unpad import from_mask
@@ -111,6 +111,8 @@ def prove(backbone: Any, stock: Callable[..., Any]) -> Proof:
         UserError: they differ, or the model cannot run packed rows; the message is a reason, in the form
             "its ...".
     """
+    if picked_keys(backbone.config) is not None:
+        raise UserError("its attention picks the keys of each token, by a mask that packed rows do not have")
     embedding = backbone.get_input_embeddings()
     device = next(backbone.parameters()).device  # not the embedding's, which may be on the host
     mask_BT = torch.tensor(_MASK, device=device)

@@ -3,10 +3,11 @@
     seconds = GEMM operations / their rate + bytes / copying's rate + attention at its own rates + kernels · latency
 
 `amounts` and `step_amounts` count the work, `Rates` says how fast it goes. Most constants are figures of kernels,
-each with its source. Five were chosen so that measured steps come out: the rate of GEMMs in steps of two cards
-(from the 8B shape with adapters, and from Mistral), a kernel's latency (135M), the start of a step (profiles), and
-updates in 8 bits (full fine-tuning). The 42 measured steps of nine shapes are then off by 1.5% on average and by
-6% at most, those that did not choose the rate of GEMMs by 2.0% and 6% (`tests/planning/test_seconds.py`).
+each with its source. Six were chosen so that measured steps come out: the rate of GEMMs in steps of two cards
+(from the 8B shape with adapters, and from Mistral), a kernel's latency (135M), the start of a step (profiles),
+updates in 8 bits (full fine-tuning), and attention's backward in long rows (70B). The 42 measured steps of nine
+shapes are then off by 1.5% on average and by 6% at most, those that did not choose the rate of GEMMs by 2.0% and 6%
+(`tests/planning/test_seconds.py`).
 
 Copies to the host run beside the compute, as `models.offload` lets them: a layer waits only where the link is behind.
 The host launches ahead of the device, so a step takes as long as the slower of both, unless it runs from CUDA graphs.

@@ -1,0 +1,46 @@
+"""What kernels take for themselves, beside what they read and write. Torch-free.
+
+The rules are those of `kernels`, which planning does not load, said once more; tests hold both equal.
+"""
+
+from __future__ import annotations
+
+from tunesmith.planning.facts import LayerFacts, Work
+from tunesmith.planning.layer_sizes import FLOAT
+
+MULTIPROCESSORS = 132
+"""Of the card that kernels share their work out for; it decides on kilobytes."""
+NORM_PROGRAMS = 4 * MULTIPROCESSORS
+"""Of a norm's backward, each with a row of its own for the weight's gradient."""
+_GLU_ROWS, _GLU_COLUMNS, _NARROW_RANK, _GLU_PROGRAMS = 64, {True: 64, False: 32}, 16, 3
+
+
+def glu_splits(tokens: int, inner: int, rank: int) -> int:
+    """Parts in which the activation's backward kernel sums ∂u, as `kernels.glu` has it."""
+    blocks = -(-inner // _GLU_COLUMNS[rank <= _NARROW_RANK])
+    wanted = -(-_GLU_PROGRAMS * MULTIPROCESSORS // max(1, -(-tokens // _GLU_ROWS)))
+    tiles = -(-blocks // max(1, min(wanted, blocks)))
+    return -(-blocks // tiles)
+
+
+PART_BYTES = 640 << 20
+"""Workspace beyond which attention's backward takes its heads in parts, as `kernels.attention_cudnn` has it."""
+SHORTEST_EQUAL = 64
+"""Documents of one length, if not shorter than this, need no room beyond their own."""
+
+
+def _bucket(value: int) -> int:
+    step = 1 << max(0, (value - 1).bit_length() - (3 if value > 16 else 0))
+    return -(-value // step) * step
+
+
+def attention_workspace(layer: LayerFacts, work: Work) -> int:
+    """Of attention's backward, for each query head: dq in float32, products of the output and its gradient, and ∂k
+    and ∂v where query heads share them."""
+    count, longest = len(work.documents), max(work.documents)
+    if min(work.documents) < max(longest, SHORTEST_EQUAL):
+        count, longest = _bucket(count), _bucket(max(longest, SHORTEST_EQUAL))
+    of_keys = 2 * layer.head_dim * work.itemsize if layer.heads > layer.kv_heads else 0
+    whole = count * longest * layer.heads * ((layer.head_dim + 1) * FLOAT + of_keys)
+    parts = [number for number in range(1, layer.kv_heads + 1) if layer.kv_heads % number == 0]
+    return next((whole // number for number in parts if whole // number <= PART_BYTES), whole // parts[-1])
