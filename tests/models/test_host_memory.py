@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tunesmith.contracts.errors import UserError
 from tunesmith.models import host_memory
 from tunesmith.models.host_memory import (
     ALIGNMENT,
@@ -25,6 +26,62 @@ from tunesmith.models.host_memory import (
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "SMALLEST_PIECE", 4 * ALIGNMENT)
     monkeypatch.setattr(host_memory, "LARGEST_PIECE", 64 * ALIGNMENT)
+
+
+class FakeRuntime:
+    """CUDA's, which pins what it is told to up to a number of bytes."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.pinned = most, dict[int, int]()
+
+    def cudaHostRegister(self, address: int, size: int, _flags: int) -> int:
+        if sum(self.pinned.values()) + size > self.most:
+            return 2
+        self.pinned[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+
+def runtime_of(monkeypatch: pytest.MonkeyPatch, most: int) -> FakeRuntime:
+    runtime = FakeRuntime(most)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    return runtime
+
+
+def test_pieces_are_pinned_as_they_are_and_no_longer_than_they_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = runtime_of(monkeypatch, 1 << 30)
+    memory = HostMemory(pinned=True)
+    small, large = memory.take(3), memory.take(300 * ALIGNMENT + 1)
+    assert list(runtime.pinned.values()) == [4 * ALIGNMENT, 301 * ALIGNMENT]
+    assert sum(runtime.pinned.values()) == memory.bytes
+    assert {small.data_ptr(), large.data_ptr()} == set(runtime.pinned)
+    del memory
+    assert len(runtime.pinned) == 2, "buffers are still in use"
+    del small, large
+    assert runtime.pinned == {}
+
+
+def test_layers_that_need_more_than_the_host_pins_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime_of(monkeypatch, 40 * ALIGNMENT)
+    monkeypatch.setattr(host_memory, "_unpin", lambda *_: None)
+    memory = HostMemory(pinned=True)
+    memory.take(40 * ALIGNMENT)
+    with pytest.raises(
+        UserError, match=r"keep 0\.0 GiB in host memory, and need more: 10240 bytes"
+    ) as caught:
+        memory.take(2 * ALIGNMENT)
+    assert "memory.policy" in caught.value.hint
+    memory.take(0)
+
+
+def test_layers_that_need_more_than_the_host_has_say_so() -> None:
+    with pytest.raises(UserError, match="10000000000000000 bytes of host memory are not free"):
+        HostMemory(pinned=False).take(10**16)
 
 
 @settings(deadline=None, max_examples=60)
@@ -88,7 +145,7 @@ def test_a_host_without_memory_for_a_copy_says_so() -> None:
 def test_a_host_that_pins_no_more_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    table: Any = SimpleNamespace(shape=(3, 5), dtype=torch.bfloat16, is_cuda=True)
+    table: Any = SimpleNamespace(shape=(3, 5), dtype=torch.bfloat16, is_cuda=True, device="cuda:0")
     with pytest.raises(
         NoHostMemoryError, match=r"^30 bytes of host memory cannot be pinned \(CUDA error 2\)$"
     ):

@@ -1,20 +1,25 @@
 """Pinned host memory: in few large pieces for buffers that come and go, and whole for a tensor that stays.
 
-Pinning costs milliseconds a call and is never given back while a run lasts; torch's own pool rounds each buffer up to
-a power of two. Micro-batches of ever new sizes would pin ever new buffers: pieces are pinned rarely, each as large as
-all before it together up to `LARGEST_PIECE`, and buffers are cut from them, so that what one micro-batch gives back
-serves the next one, whatever its sizes. A tensor that stays is pinned where it lies, byte for byte: a table of
-2.3 GiB would take 4 of the pool.
+Pinning costs milliseconds a call. Micro-batches of ever new sizes would pin ever new buffers: pieces are pinned
+rarely, each as large as all before it together up to `LARGEST_PIECE`, and buffers are cut from them, so that what one
+micro-batch gives back serves the next one, whatever its sizes.
+
+Memory is pinned where it lies, byte for byte, and so is a tensor that stays. torch's own pool rounds up to powers of
+two: a layer's input of 2.3 GiB, or a table of that size, would take 4 of the host.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor
+
+from tunesmith.contracts.errors import UserError
 
 SMALLEST_PIECE = 32 << 20
 LARGEST_PIECE = 1 << 30
@@ -75,7 +80,7 @@ class HostMemory:
         """`size` bytes `[size]`, uint8, aligned to `ALIGNMENT`; pins a further piece where none has room.
 
         Raises:
-            torch.OutOfMemoryError, RuntimeError: the host has no such memory left to pin.
+            UserError: the host has no such memory left, or pins no more.
         """
         if size == 0:
             return torch.empty(0, dtype=torch.uint8)
@@ -85,7 +90,16 @@ class HostMemory:
             if buffer is not None:
                 return buffer[:size]
         want = max(room, min(LARGEST_PIECE, max(SMALLEST_PIECE, self.bytes)))
-        memory = torch.empty(want, dtype=torch.uint8, pin_memory=self._pinned)
+        try:
+            memory = _room(torch.Size([want]), torch.uint8)
+            if self._pinned:
+                memory.zero_()  # all threads touch its pages, where pinning would with one
+                _pin(memory, torch.device("cuda", torch.cuda.current_device()))
+        except NoHostMemoryError as error:
+            raise UserError(
+                f"Layers keep {self.bytes / 2**30:.1f} GiB in host memory, and need more: {error}.",
+                hint="Free memory of this machine, or set memory.policy to one that does not offload.",
+            ) from error
         self.bytes += want
         self._pieces.append(_Piece(memory, [(room, want)] if want > room else []))
         return memory[:size]
@@ -115,20 +129,27 @@ def pinned_copy(value: Tensor) -> Tensor:
     Raises:
         NoHostMemoryError: the host has no such memory left, or none left to pin.
     """
-    try:
-        host = torch.empty(value.shape, dtype=value.dtype)
-    except RuntimeError as error:
-        size = value.numel() * value.itemsize
-        raise NoHostMemoryError(f"{size} bytes of host memory are not free") from error
+    host = _room(value.shape, value.dtype)
     if value.is_cuda:
-        code = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, _PORTABLE | _MAPPED))
-        if code != 0:
-            raise NoHostMemoryError(
-                f"{host.nbytes} bytes of host memory cannot be pinned (CUDA error {code})"
-            )
-        unpin = weakref.finalize(host, _unpin, host.data_ptr(), value.device)
-        unpin.atexit = False  # the process gives it back, when the driver is gone already
+        _pin(host, value.device)
     return host.copy_(value)
+
+
+def _room(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Host memory that is there: the system promises more than it has, and ends who takes it at its word."""
+    size = math.prod(shape) * dtype.itemsize
+    if size > psutil.virtual_memory().available:
+        raise NoHostMemoryError(f"{size} bytes of host memory are not free")
+    return torch.empty(shape, dtype=dtype)
+
+
+def _pin(host: Tensor, device: torch.device) -> None:
+    """Pin a tensor's memory for as long as the tensor lives."""
+    code = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, _PORTABLE | _MAPPED))
+    if code != 0:
+        raise NoHostMemoryError(f"{host.nbytes} bytes of host memory cannot be pinned (CUDA error {code})")
+    unpin = weakref.finalize(host, _unpin, host.data_ptr(), device)
+    unpin.atexit = False  # the process gives it back, when the driver is gone already
 
 
 def _unpin(address: int, device: torch.device) -> None:
