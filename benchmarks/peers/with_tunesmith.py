@@ -83,7 +83,7 @@ def report(installed: Installed | None) -> dict[str, Any]:
     if installed is None:
         return {"host_gib": 0.0, "fallbacks": {}}
     return {
-        "host_gib": round(installed.offloader.host_bytes / 2**30, 2),
+        "host_gib": round(installed.host_bytes / 2**30, 2),
         "fallbacks": dict(installed.fallbacks),
         "stock_layers": len(installed.stock),
     }

@@ -242,8 +242,11 @@ def test_what_install_says_and_takes_back() -> None:
     assert installed.embedding is moved
     assert installed.table()[-1] == ("input embedding", "on the host", "0.00 GiB pinned")
     assert installed.recordable() is None
+    assert moved is not None
+    assert installed.host_bytes == moved.bytes
     installed.undo()
     assert installed.embedding is None
+    assert installed.host_bytes == 0
     assert isinstance(model.get_input_embeddings().weight, nn.Parameter)
     assert len(installed.table()) == 1
 

@@ -90,6 +90,11 @@ class Installed:
             self.embedding = move_embedding_to_host(self.model)
 
     @property
+    def host_bytes(self) -> int:
+        """Pinned bytes of the host: what layers move there, and the input embedding."""
+        return self.offloader.host_bytes + (0 if self.embedding is None else self.embedding.bytes)
+
+    @property
     def policy(self) -> Policy:
         """The policy of all layers, where they have but one."""
         (policy,) = set(self.policies)
