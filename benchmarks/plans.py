@@ -48,11 +48,10 @@ def host_bytes_of(arguments: argparse.Namespace) -> int:
     """Memory of the host that layouts may pin: what is said, or the share that runs take of what is free."""
     if arguments.host_gib is not None:
         return int(arguments.host_gib * GIB)
-    import psutil
-
     from tunesmith.planning.fit import pinnable
+    from tunesmith.planning.host import free_host_memory
 
-    return pinnable(psutil.virtual_memory().available)
+    return pinnable(free_host_memory())
 
 
 def plans_of(arguments: argparse.Namespace, layers: int, card: str) -> list[tuple[str, Plan]]:

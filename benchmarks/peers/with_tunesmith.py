@@ -25,6 +25,7 @@ from tunesmith.models.loader import load_model
 from tunesmith.objectives.sft import SFT
 from tunesmith.planning.fit import pinnable
 from tunesmith.planning.graphs import graphs_pay
+from tunesmith.planning.host import free_host_memory
 from tunesmith.planning.plan import Plan
 from tunesmith.training.allocator import grow_segments
 from tunesmith.training.optim import build_optimizer
@@ -91,15 +92,13 @@ def report(installed: Installed | None) -> dict[str, Any]:
 
 def planned(work: Work, row: Documents, dtype: torch.dtype) -> Plan:
     """The planner's layout within `options["budget"]`, a share of the card or GiB, with the host memory runs use."""
-    import psutil
-
     budget = work.options["budget"]
     return plan_step(
         facts_of(work.config),
         work_of(work.adapter, row.lengths, row.supervised, dtype.itemsize),
         card=card_name(find_card().name),
         budget=budget if budget <= 1 else budget * GIB,
-        host_bytes=pinnable(psutil.virtual_memory().available),
+        host_bytes=pinnable(free_host_memory()),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -376,9 +375,7 @@ def test_what_is_kept(tiny_model_dir: Path, value: bool | str, recomputes: bool)
 def test_auto_recomputes_what_does_not_fit(tiny_model_dir: Path, monkeypatch) -> None:
     gradient_and_moments = 4096 * 12
     for free, recomputes in ((gradient_and_moments + 10**5, True), (gradient_and_moments + 10**8, False)):
-        monkeypatch.setattr(
-            memory.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free)
-        )
+        monkeypatch.setattr(memory, "free_host_memory", lambda free=free: free)
         model = adapted(tiny_model_dir, use_gradient_checkpointing="auto", max_seq_length=512)
         assert model.get_base_model().is_gradient_checkpointing == recomputes
 

@@ -180,7 +180,8 @@ def test_where_nothing_fits_that_is_near_this_is_said(run_file, capsys, tmp_path
     assert "Nothing near fits" in (tmp_path / "plan.html").read_text(encoding="utf-8")
 
 
-def test_a_host_that_has_too_little_is_what_is_said_to_be_missing(run_file, capsys, monkeypatch):
+@pytest.mark.parametrize("known", [True, False])
+def test_a_host_that_has_too_little_is_what_is_said_to_be_missing(known, run_file, capsys, monkeypatch):
     def answer(facts: ModelFacts, request: PlanRequest) -> Plan:
         assert request.host_bytes == 4 * GIB
         fits = handmade(facts, request)
@@ -192,17 +193,18 @@ def test_a_host_that_has_too_little_is_what_is_said_to_be_missing(run_file, caps
     monkeypatch.setattr(plan_run, "make_plan", answer)
     monkeypatch.setattr(
         "tunesmith.cli.plan.choose_card",
-        lambda gpu: plan_card.ChosenCard(CARDS["RTX-4090"], "this machine's", 4 * GIB),
+        lambda *_: plan_card.ChosenCard(CARDS["RTX-4090"], "this machine's", 4 * GIB, known),
     )
     code, text = printed(capsys, run_file)
 
     assert code == 1
+    free = "is free" if known else "such a card's machine is taken to have free; see --host-memory"
     assert (
-        "It does not fit: 24.0 GiB of host memory would be pinned, and 4.0 may be, half of what is free."
+        f"It does not fit: 24.0 GiB of host memory would be pinned, and 4.0 may be, half of what {free}."
         in text
     )
     assert "lacks host memory" in text
-    assert "host memory  24.0 GiB pinned\n" in text
+    assert ("host memory  24.0 GiB pinned\n" in text) == known
 
 
 def test_pinned_memory_of_another_machine_comes_with_what_that_asks_of_it(run_file, capsys, monkeypatch):
@@ -566,7 +568,12 @@ def test_the_card_of_this_machine_is_taken_where_there_is_one(asked, run_file, c
     assert "(this machine's)" in text
     assert asked[-1][1].host_bytes > 0
     printed(capsys, run_file, "--gpu", "H100-80GB")
-    assert (asked[-1][1].card, asked[-1][1].host_bytes) == ("H100-80GB", None)
+    assert (asked[-1][1].card, asked[-1][1].host_bytes) == ("H100-80GB", CARDS["H100-80GB"].memory_bytes)
+    printed(capsys, run_file, "--gpu", "H100-80GB", "--host-memory", "10 GiB")
+    assert asked[-1][1].host_bytes == 5 * GIB
+    code, text = printed(capsys, run_file, "--host-memory", "plenty")
+    assert code == 2
+    assert "--host-memory 'plenty' is no size.\nWrite one such as 64GiB." in text
 
 
 def test_a_card_that_is_not_in_the_table_is_a_sentence(run_file, capsys, monkeypatch):

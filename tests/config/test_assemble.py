@@ -92,6 +92,7 @@ def test_auto_takes_the_fastest_policy_under_which_the_row_fits(monkeypatch):
     with packed_attention(causal.base, "sdpa"):
         costs = policy_costs(causal, torch.autocast("cpu", enabled=False), installed)
     fixed = fixed_bytes(causal, "adamw", installed)
+    chosen = []
     for cost in costs:
         free = cost.device_bytes * 100 / USABLE + fixed
         monkeypatch.setattr(assemble, "_free_bytes", lambda device, free=free: int(free) + 1)
@@ -101,6 +102,11 @@ def test_auto_takes_the_fastest_policy_under_which_the_row_fits(monkeypatch):
         fastest = next(other for other in costs if other.device_bytes <= cost.device_bytes)
         assert fit.policy == fastest.name
         assert fit.tokens == int(100 * cost.device_bytes / fastest.device_bytes)
+        chosen.append(fit.policy)
+    assert chosen == [
+        "keep_all", "keep", "keep_offload_attention", "keep_offload_attention", "offload_attention",
+        "offload_attention", "offload_attention", "offload", "offload_attention",
+    ]  # fmt: skip
     monkeypatch.setattr(assemble, "_free_bytes", lambda device: 0)
     assert fitted("auto", causal, installed).policy == "offload"
 

@@ -33,14 +33,23 @@ def test_of_this_machine_half_of_what_is_free_may_be_pinned() -> None:
     assert (chosen.card, chosen.why) == (CARDS["RTX-4090"], "this machine's")
     assert chosen.host_bytes == 16 * GIB
 
+    assert chosen.host_known
+    assert choose_card(None, 8 * GIB).host_bytes == 4 * GIB
 
-def test_of_another_machine_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_another_machine_is_taken_to_have_twice_the_cards_memory_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     named = choose_card("RTX 4090")
-    assert (named.card, named.why, named.host_bytes) == (CARDS["RTX-4090"], "", None)
+    assert (named.card, named.why, named.host_known) == (CARDS["RTX-4090"], "", False)
+    assert named.host_bytes == named.card.memory_bytes
     monkeypatch.setattr(plan_card, "ask_nvidia_smi", list)
     usual = choose_card(None)
-    assert (usual.card, usual.host_bytes) == (CARDS[USUAL], None)
+    assert (usual.card, usual.host_known) == (CARDS[USUAL], False)
+    assert usual.host_bytes == usual.card.memory_bytes
     assert usual.why
+    told = choose_card("RTX 4090", 128 * GIB)
+    assert (told.host_bytes, told.host_known) == (64 * GIB, True)
 
 
 def test_a_card_of_this_machine_that_no_row_is_about_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,9 @@ class _Graphs:
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize(("form", "lengths"), [("equal", (65, 65)), ("ragged", (70, 3, 12))])
+@pytest.mark.parametrize(
+    ("form", "lengths"), [("equal", (65, 65)), ("equal", (67,)), ("ragged", (70, 3, 12))]
+)
 def test_each_run_gets_its_heads(
     form: str, lengths: tuple[int, ...], groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,9 +122,13 @@ def test_each_run_gets_its_heads(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [Heads(8, 4, 128), Heads(4, 4, 64), Heads(9, 3, 64)], ids=str)
 @pytest.mark.parametrize(
-    ("name", "lengths"), [("cudnn_equal", (192, 192)), ("cudnn_ragged", (300, 1, 77))], ids=str
+    "heads", [Heads(8, 4, 128), Heads(28, 4, 128), Heads(4, 4, 64), Heads(9, 3, 64)], ids=str
+)
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [("cudnn_equal", (192, 192)), ("cudnn_equal", (131,)), ("cudnn_ragged", (300, 1, 77))],
+    ids=str,
 )
 def test_parts_on_the_gpu(
     name: str, lengths: tuple[int, ...], heads: Heads, monkeypatch: pytest.MonkeyPatch

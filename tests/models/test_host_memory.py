@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.contracts.errors import UserError
 from tunesmith.models import host_memory
 from tunesmith.models.host_memory import (
     ALIGNMENT,
@@ -66,21 +65,25 @@ def test_pieces_are_pinned_as_they_are_and_no_longer_than_they_live(monkeypatch:
     assert runtime.pinned == {}
 
 
-def test_layers_that_need_more_than_the_host_pins_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_pins_no_more_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[str] = []
+    monkeypatch.setattr(host_memory, "_forget_error", lambda device: forgotten.append(str(device)))
     runtime_of(monkeypatch, 40 * ALIGNMENT)
     monkeypatch.setattr(host_memory, "_unpin", lambda *_: None)
     memory = HostMemory(pinned=True)
-    memory.take(40 * ALIGNMENT)
+    memory.take(30 * ALIGNMENT)
+    memory.take(10 * ALIGNMENT)
+    assert memory.bytes == 40 * ALIGNMENT, "no piece as large as all before it, which the host does not pin"
     with pytest.raises(
-        UserError, match=r"keep 0\.0 GiB in host memory, and need more: 10240 bytes"
-    ) as caught:
+        NoHostMemoryError, match=r"^512 bytes of host memory cannot be pinned \(CUDA error 2\)$"
+    ):
         memory.take(2 * ALIGNMENT)
-    assert "memory.policy" in caught.value.hint
+    assert forgotten == ["cuda:0"] * 3, "what torch would raise at its next kernel"
     memory.take(0)
 
 
 def test_layers_that_need_more_than_the_host_has_say_so() -> None:
-    with pytest.raises(UserError, match="10000000000000000 bytes of host memory are not free"):
+    with pytest.raises(NoHostMemoryError, match="10000000000000000 bytes of host memory are not free"):
         HostMemory(pinned=False).take(10**16)
 
 
@@ -143,6 +146,7 @@ def test_a_host_without_memory_for_a_copy_says_so() -> None:
 
 
 def test_a_host_that_pins_no_more_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "_forget_error", lambda _: None)
     runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     table: Any = SimpleNamespace(shape=(3, 5), dtype=torch.bfloat16, is_cuda=True, device="cuda:0")
@@ -150,3 +154,17 @@ def test_a_host_that_pins_no_more_says_so(monkeypatch: pytest.MonkeyPatch) -> No
         NoHostMemoryError, match=r"^30 bytes of host memory cannot be pinned \(CUDA error 2\)$"
     ):
         pinned_copy(table)
+
+
+@pytest.mark.gpu
+def test_a_failure_to_pin_is_forgotten() -> None:
+    """CUDA remembers it, and torch would raise it at its next kernel."""
+    host = torch.empty(1 << 20, dtype=torch.uint8)
+    host_memory._pin(host, torch.device("cuda"))
+    with pytest.raises(NoHostMemoryError, match="CUDA error"):
+        host_memory._pin(host, torch.device("cuda"))
+    assert float(torch.ones(1, device="cuda") + 1) == 2.0
+    memory = HostMemory(pinned=True)
+    buffer = memory.take(5000)
+    assert buffer.is_pinned()
+    assert torch.equal(buffer.fill_(7).to("cuda", non_blocking=True).cpu(), buffer)

@@ -17,7 +17,7 @@ GROWS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     ("environment", "release", "after"),
     [
         ({}, "6.8.0-45-generic", GROWS),
-        ({"PYTORCH_ALLOC_CONF": ""}, "6.8.0", GROWS),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, "6.8.0", None),
         ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}, "6.8.0", None),
         ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "6.8.0", None),
         ({}, "5.15.167.4-microsoft-standard-WSL2", None),

@@ -13,6 +13,7 @@ import torch
 from tests.support.runs import Recorder, build
 from tunesmith.config.assemble import Run
 from tunesmith.contracts.errors import UserError
+from tunesmith.models.host_memory import NoHostMemoryError
 from tunesmith.training.replan import Leaner, OutOfRoomError, Replanner
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB"
@@ -42,6 +43,7 @@ class Shortage:
 
     def __init__(self, run: Run, calls: set[int], *, backward: bool = False) -> None:
         self.calls, self.seen = calls, 0
+        self.error: Callable[[], Exception] = lambda: torch.OutOfMemoryError(ERROR)
         self.alive: list[weakref.ref[torch.Tensor]] = []
         self.found_alive: list[int] = []
         layer = run.causal.base.get_submodule(LAST)
@@ -57,7 +59,7 @@ class Shortage:
     def maybe(self) -> None:
         self.seen += 1
         if self.seen in self.calls:
-            raise torch.OutOfMemoryError(ERROR)
+            raise self.error()
 
 
 def fix_groups(run: Run, max_tokens: int) -> None:
@@ -190,6 +192,24 @@ def test_a_run_gives_up_with_a_sentence_and_keeps_what_it_learned(settings):
     assert saved.step == 2
     tensors = saved.tensors()
     assert all(torch.equal(tensors[f"model/{name}"], p) for name, p in before.items())
+
+
+def test_a_host_without_room_ends_the_run_with_what_it_learned(settings):
+    run, recorder = build(settings(output={"eval_every": None}))
+    fix_groups(run, 1000)
+    shortage = Shortage(run, {3})
+    shortage.error = lambda: NoHostMemoryError("5 bytes of host memory are not free")
+    with (
+        run.packed(),
+        pytest.raises(OutOfRoomError, match=r"Step 3 ran out of host memory.*5 bytes") as caught,
+    ):
+        run.trainer.train()
+    assert "memory.policy" in caught.value.hint
+    assert caught.value.__context__ is None, "frames of the pass would stay alive"
+    assert not recorder.of("warning"), "a leaner layout would need more of the host"
+    saved = run.store.newest_intact(lambda *_: None)
+    assert saved is not None
+    assert saved.step == 2
 
 
 @pytest.mark.parametrize("fixed", ["policy", "micro_batch"])

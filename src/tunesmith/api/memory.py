@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import torch
 
 from tunesmith.api.facts import base_of
@@ -26,6 +25,7 @@ from tunesmith.models.head import CausalModel
 from tunesmith.models.policy import POLICIES
 from tunesmith.models.probe import fixed_bytes, policy_costs
 from tunesmith.planning.fit import fit_micro_batch
+from tunesmith.planning.host import free_host_memory
 
 CHECKPOINTING: dict[bool | str, tuple[str, ...]] = {
     "unsloth": ("offload_attention", "offload", "recompute"),
@@ -94,7 +94,7 @@ def fitting(model: Any, attached: Attached, policies: Sequence[str], tokens: int
     dtype = next(
         (p.dtype for p in parameters if not p.requires_grad and p.is_floating_point()), parameters[0].dtype
     )
-    free = psutil.virtual_memory().available
+    free = free_host_memory()
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -108,6 +108,6 @@ def fitting(model: Any, attached: Attached, policies: Sequence[str], tokens: int
         costs=[cost for cost in costs if cost.name in policies],
         device=device.type,
         free_bytes=free - fixed_bytes(causal, "adamw", attached.installed),
-        free_host_bytes=psutil.virtual_memory().available,
+        free_host_bytes=free_host_memory(),
         row_tokens=tokens,
     ).policy

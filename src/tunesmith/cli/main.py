@@ -118,6 +118,9 @@ def plan(
     run_file: RunFile,
     overrides: Overrides = None,
     gpu: Annotated[str | None, typer.Option(help="A card such as RTX-4090; this machine's.")] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="Free memory of its machine, such as 64GiB; this machine's.")
+    ] = None,
     picture: Annotated[str | None, typer.Option(help="Draw the memory: FILE.png or .html.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -128,7 +131,15 @@ def plan(
     from tunesmith.cli.plan import plan_and_print
     from tunesmith.config.terminal import open_console
 
-    fits = plan_and_print(run_file, overrides or [], open_console(), gpu=gpu, as_json=json, picture=picture)
+    fits = plan_and_print(
+        run_file,
+        overrides or [],
+        open_console(),
+        gpu=gpu,
+        host_memory=host_memory,
+        as_json=json,
+        picture=picture,
+    )
     raise typer.Exit(0 if fits else 1)
 
 

@@ -27,8 +27,10 @@ from tunesmith.cli.plan_words import (
 from tunesmith.config.load import load_settings
 from tunesmith.config.plan_card import choose_card
 from tunesmith.config.plan_run import PlannedRun, plan_run
+from tunesmith.contracts.errors import UserError
 from tunesmith.planning.facts import trained_parameters
 from tunesmith.planning.plan import Alternative
+from tunesmith.settings.quantities import bytes_of
 
 _BAR = 40
 _NAME = 12
@@ -43,6 +45,7 @@ def plan_and_print(
     console: Console,
     *,
     gpu: str | None = None,
+    host_memory: str | None = None,
     as_json: bool = False,
     picture: str | None = None,
 ) -> bool:
@@ -52,17 +55,18 @@ def plan_and_print(
         run_file: the run; overrides: settings that replace some of it.
         console: where the table goes.
         gpu: the card to plan for; None is this machine's.
+        host_memory: what its machine has free, such as `64 GiB`; None is this machine's, or twice the card's memory.
         as_json: print one JSON object instead of the table.
         picture: a file for the picture of the memory over one step, PNG or HTML by its ending.
 
     Raises:
-        UserError: the run file is wrong, the model's config is nowhere, or the picture cannot be drawn.
+        UserError: the run file or the size is wrong, the model's config is nowhere, or the picture cannot be drawn.
     """
     if picture is not None:
         check_picture(picture)
     settings = load_settings(run_file, overrides)
-    chosen = choose_card(gpu)
-    run = plan_run(settings, chosen.card, chosen.host_bytes)
+    chosen = choose_card(gpu, None if host_memory is None else _free(host_memory))
+    run = plan_run(settings, chosen.card, chosen.host_bytes, host_known=chosen.host_known)
     if as_json:
         print(json.dumps(as_object(run), indent=2))
     else:
@@ -72,6 +76,13 @@ def plan_and_print(
         if not as_json:
             console.print(f"\n{picture}", markup=False, highlight=False, soft_wrap=True)
     return run.plan.fits
+
+
+def _free(host_memory: str) -> int:
+    size = bytes_of(host_memory)
+    if size is None:
+        raise UserError(f"--host-memory {host_memory!r} is no size.", hint="Write one such as 64GiB.")
+    return size
 
 
 def as_object(run: PlannedRun) -> dict[str, Any]:

@@ -68,19 +68,19 @@ def plan_lines(run: PlannedRun) -> dict[str, str]:
         "layers": plan.layout,
         "embedding": "in host memory" if plan.embedding == "host" else "",
         "chunks": chunks,
-        "host memory": _pinned(plan, request.host_bytes),
+        "host memory": _pinned(plan, run.host_known),
         "step": f"{span(plan.step_seconds)}, {plan.tokens_per_second:,.0f} tokens/s",
         "run": _length(plan, request.steps),
     }
     return {name: text for name, text in lines.items() if text}
 
 
-def _pinned(plan: Plan, host_bytes: int | None) -> str:
-    """Pinned memory of the host, and what it asks of a machine that is not this one; empty where there is none."""
+def _pinned(plan: Plan, host_known: bool) -> str:
+    """Pinned memory of the host, and what it asks of a machine that is not known; empty where there is none."""
     if not plan.host_bytes:
         return ""
     needs = f", of a machine with at least {gib(plan.host_bytes / USABLE_HOST)} GiB free"
-    return f"{gib(plan.host_bytes)} GiB pinned{needs if host_bytes is None else ''}"
+    return f"{gib(plan.host_bytes)} GiB pinned{'' if host_known else needs}"
 
 
 def _length(plan: Plan, steps: int | None) -> str:
@@ -96,9 +96,12 @@ def verdict(run: PlannedRun) -> str:
     if plan.fits:
         return f"It fits: at most {gib(plan.peak_bytes)} of {gib(plan.budget_bytes)} GiB."
     if not plan.missing_bytes and host is not None:
+        free = (
+            "is free" if run.host_known else "such a card's machine is taken to have free; see --host-memory"
+        )
         return (
             f"It does not fit: {gib(plan.host_bytes)} GiB of host memory would be pinned, and {gib(host)} may be, "
-            "half of what is free."
+            f"half of what {free}."
         )
     return (
         f"It does not fit: {gib(plan.peak_bytes)} GiB are needed and {gib(plan.budget_bytes)} may be used; "

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from tunesmith.config.cadence import count_steps, make_cadence
@@ -37,6 +36,7 @@ from tunesmith.models.vocabulary import extend_tokenizer
 from tunesmith.objectives.table import OBJECTIVES
 from tunesmith.planning.fit import STATE_BYTES, STOCK_POLICIES, USABLE, Fit, fit_micro_batch
 from tunesmith.planning.graphs import graphs_pay, graphs_refusal
+from tunesmith.planning.host import free_host_memory
 from tunesmith.settings.model import AdapterSettings
 from tunesmith.settings.run import RunSettings
 from tunesmith.training.allocator import grow_segments
@@ -91,7 +91,7 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available
+    return free_host_memory()
 
 
 def _fit(
@@ -109,7 +109,7 @@ def _fit(
         costs=policy_costs(causal, backend.autocast(), installed),
         device=backend.device.type,
         free_bytes=_free_bytes(backend.device) - fixed_bytes(causal, settings.train.optimizer, installed),
-        free_host_bytes=psutil.virtual_memory().available,
+        free_host_bytes=free_host_memory(),
         row_tokens=longest,
     )
     if not POLICIES[fit.policy].keep:  # also for stock layers, of which a fused model may have some

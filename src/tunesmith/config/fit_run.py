@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 
 from tunesmith.config.plan_run import embedding_error
@@ -29,6 +28,7 @@ from tunesmith.planning.bytes import Fixed, fixed_bytes
 from tunesmith.planning.cards import CARDS, Card, Rates, find_card
 from tunesmith.planning.facts import ModelFacts, Work
 from tunesmith.planning.fit import STATE_BYTES, Fit, pinnable
+from tunesmith.planning.host import free_host_memory
 from tunesmith.planning.plan import Plan, PlanRequest, plan_of
 from tunesmith.planning.read_facts import read_facts
 from tunesmith.planning.solver import Solution, solve
@@ -354,7 +354,7 @@ def planned_here(
         installed,
         card=card,
         room=room_of(causal.device),
-        host_bytes=psutil.virtual_memory().available,
+        host_bytes=free_host_memory(),
         rates=rates_of(card, causal),
     )
 

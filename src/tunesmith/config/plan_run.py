@@ -43,15 +43,19 @@ class PlannedRun:
     request: PlanRequest
     plan: Plan
     notes: tuple[str, ...]
+    host_known: bool = True
 
 
-def plan_run(settings: RunSettings, card: Card, host_bytes: int | None = None) -> PlannedRun:
+def plan_run(
+    settings: RunSettings, card: Card, host_bytes: int | None = None, *, host_known: bool = True
+) -> PlannedRun:
     """Plan a run on a card.
 
     Args:
         settings: of the run.
         card: a row of `CARDS`.
-        host_bytes: memory of the host that may be pinned, None where it is not known.
+        host_bytes: memory of the host that may be pinned, None for any number.
+        host_known: whether a host is known of which that is said.
 
     Raises:
         UserError: the config of the model is nowhere or cannot be read, or the adapter fits none of its layers.
@@ -77,6 +81,7 @@ def plan_run(settings: RunSettings, card: Card, host_bytes: int | None = None) -
             *_notes_of_experts(facts, adapted),
             *_notes_of_card(settings, card, request),
         ),
+        host_known=host_known,
     )
 
 

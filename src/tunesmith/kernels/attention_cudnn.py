@@ -239,8 +239,8 @@ def _backward(
     for number in range(heads.key_value // part.key_value):
         values = {name: _run(value, number, part.query) for name, value in of_queries.items()}
         values |= {name: _run(value, number, part.key_value) for name, value in of_key_values.items()}
-        if not shape.ragged:  # the one tensor that cuDNN takes in one piece only
-            values["lse"] = values["lse"].contiguous()
+        if not shape.ragged:  # the one tensor that cuDNN takes in one piece only, and aligned
+            values["lse"] = values["lse"].clone(memory_format=torch.contiguous_format)
         _execute(plan, values | where)
     return grad_TN
 

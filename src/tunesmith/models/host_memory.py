@@ -10,16 +10,18 @@ two: a layer's input of 2.3 GiB, or a table of that size, would take 4 of the ho
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
+import sys
 import weakref
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor
 
-from tunesmith.contracts.errors import UserError
+from tunesmith.planning.host import free_host_memory
 
 SMALLEST_PIECE = 32 << 20
 LARGEST_PIECE = 1 << 30
@@ -80,7 +82,7 @@ class HostMemory:
         """`size` bytes `[size]`, uint8, aligned to `ALIGNMENT`; pins a further piece where none has room.
 
         Raises:
-            UserError: the host has no such memory left, or pins no more.
+            NoHostMemoryError: the host has no such memory left, or pins no more.
         """
         if size == 0:
             return torch.empty(0, dtype=torch.uint8)
@@ -91,18 +93,20 @@ class HostMemory:
                 return buffer[:size]
         want = max(room, min(LARGEST_PIECE, max(SMALLEST_PIECE, self.bytes)))
         try:
-            memory = _room(torch.Size([want]), torch.uint8)
-            if self._pinned:
-                memory.zero_()  # all threads touch its pages, where pinning would with one
-                _pin(memory, torch.device("cuda", torch.cuda.current_device()))
-        except NoHostMemoryError as error:
-            raise UserError(
-                f"Layers keep {self.bytes / 2**30:.1f} GiB in host memory, and need more: {error}.",
-                hint="Free memory of this machine, or set memory.policy to one that does not offload.",
-            ) from error
+            memory = self._piece(want)
+        except NoHostMemoryError:
+            want = room
+            memory = self._piece(want)
         self.bytes += want
         self._pieces.append(_Piece(memory, [(room, want)] if want > room else []))
         return memory[:size]
+
+    def _piece(self, size: int) -> Tensor:
+        memory = _room(torch.Size([size]), torch.uint8)
+        if self._pinned:
+            memory.zero_()  # all threads touch its pages, where pinning would with one
+            _pin(memory, torch.device("cuda", torch.cuda.current_device()))
+        return memory
 
     def give(self, buffer: Tensor) -> None:
         """Take back what `take` gave, in any type and shape."""
@@ -138,18 +142,32 @@ def pinned_copy(value: Tensor) -> Tensor:
 def _room(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Host memory that is there: the system promises more than it has, and ends who takes it at its word."""
     size = math.prod(shape) * dtype.itemsize
-    if size > psutil.virtual_memory().available:
+    if size > free_host_memory():
         raise NoHostMemoryError(f"{size} bytes of host memory are not free")
-    return torch.empty(shape, dtype=dtype)
+    if size == 0 or sys.platform != "linux":
+        return torch.empty(shape, dtype=dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_DONTFORK)  # where a process forks, the system copies pinned pages at once
+    with contextlib.suppress(OSError):  # a system may be built without
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(pages, dtype=dtype)
+    return memory if memory.shape == shape else memory.view(shape)
 
 
 def _pin(host: Tensor, device: torch.device) -> None:
-    """Pin a tensor's memory for as long as the tensor lives."""
+    """Pin a tensor's memory for as long as that tensor lives, whatever views in other types there are of it."""
     code = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, _PORTABLE | _MAPPED))
     if code != 0:
+        _forget_error(device)
         raise NoHostMemoryError(f"{host.nbytes} bytes of host memory cannot be pinned (CUDA error {code})")
     unpin = weakref.finalize(host, _unpin, host.data_ptr(), device)
     unpin.atexit = False  # the process gives it back, when the driver is gone already
+
+
+def _forget_error(device: torch.device) -> None:
+    """CUDA remembers its last error until somebody asks; torch asks at its next kernel, whosever error it was."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)
 
 
 def _unpin(address: int, device: torch.device) -> None:

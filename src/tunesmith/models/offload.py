@@ -53,13 +53,12 @@ class Handle:
 
 def whole_rows(tensor: Tensor) -> Tensor:
     """The rows `[T, N]` with the room behind them, which lie in one piece with it; a copy where they do not."""
-    if tensor.is_contiguous() or tensor.dim() != 2 or tensor.stride(1) != 1:
-        return tensor.contiguous()
-    rows, stride = tensor.shape[0], tensor.stride(0)
-    ends = (tensor.storage_offset() + rows * stride) * tensor.element_size()
-    if stride < tensor.shape[1] or ends > tensor.untyped_storage().nbytes():
-        return tensor.contiguous()
-    return tensor.as_strided((rows, stride), (stride, 1))
+    if tensor.dim() == 2 and tensor.stride(1) == 1 and tensor.stride(0) > tensor.shape[1]:
+        rows, stride = tensor.shape[0], tensor.stride(0)
+        ends = (tensor.storage_offset() + rows * stride) * tensor.element_size()
+        if ends <= tensor.untyped_storage().nbytes():
+            return tensor.as_strided((rows, stride), (stride, 1))
+    return tensor.contiguous()
 
 
 class Offloader:
@@ -88,8 +87,10 @@ class Offloader:
         if self._stream is None:
             return handle
         handle.where = tensors[0].device
-        handle.host += [self._host_buffer(tensor) for tensor in handle.device]
-        weakref.finalize(handle, self._release, handle.host)
+        # before anything is taken, and with nothing that knows this object: its last handles are known to it
+        weakref.finalize(handle, _give_back, self._memory, handle.host)
+        for tensor in handle.device:
+            handle.host.append(self._host_buffer(tensor))
         compute = torch.cuda.current_stream(handle.where)
         self._stream.wait_stream(compute)
         with torch.cuda.stream(self._stream):
@@ -155,9 +156,10 @@ class Offloader:
                 for host, tensor in zip(handle.host, handle.device, strict=True):
                     tensor.copy_(host, non_blocking=True)
                 handle.copied_in = self._stream.record_event()
-        self._release(handle.host)
+        _give_back(self._memory, handle.host)
 
-    def _release(self, host: list[Tensor]) -> None:
-        """Host buffers back into the memory that they were cut from, and the list emptied."""
-        while host:
-            self._memory.give(host.pop())
+
+def _give_back(memory: HostMemory, host: list[Tensor]) -> None:
+    """Host buffers back into the memory that they were cut from, and the list emptied."""
+    while host:
+        memory.give(host.pop())

@@ -27,7 +27,7 @@ Why these rows. Per layer of the 8B shape at 8,192 tokens in bfloat16, on an H10
 So what attention needs travels before gate and up are given up (`keep_offload_attention`): 5.6 ms of copying hide
 behind 5 ms of forward almost, and entirely where only some of the layers do so. gate_up does not travel at this
 length: 8.7 ms of link for what 2.8 ms of GEMM give. In long rows attention grows with their square and the link has
-time to spare: at 32,768 tokens of the 70B shape a layer takes 105 ms forward and copying all it keeps 112, for 44 ms
+time to spare: at 32,768 tokens of the 70B shape a layer takes 113 ms forward and copying all it keeps 112, for 44 ms
 of GEMM saved in backward (`keep_offload_all`). No middle or attention output is moved alone: what is smaller than the
 layer's time on the link is hidden already. The times of rows of the table come from `benchmarks/RESULTS.md` (a
 step of 32 layers: keep_all 0.494 s and keep 0.501 s over 16-bit weights; keep 0.508 s, recompute_gate_up 0.597 s,

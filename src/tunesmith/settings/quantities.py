@@ -28,9 +28,15 @@ def _check_time(value: str) -> str:
     return value
 
 
-def _check_size(value: str) -> str:
+def bytes_of(value: str) -> int | None:
+    """The bytes that `'24 GiB'` says; None where it says no size, or less than a MiB."""
     match = _SIZE.match(value)
-    if match is None or float(match.group(1)) * _BYTES[match.group(2)] < 2**20:
+    size = 0 if match is None else int(float(match.group(1)) * _BYTES[match.group(2)])
+    return size if size >= 2**20 else None
+
+
+def _check_size(value: str) -> str:
+    if bytes_of(value) is None:
         raise ValueError("a size such as '24 GiB'")
     return value
 
@@ -80,6 +86,6 @@ def share_or_bytes(value: float | str) -> float:
     """A share as it is, and the bytes that `'24 GiB'` says."""
     if not isinstance(value, str):
         return value
-    match = _SIZE.match(value)
-    assert match is not None, "validated by the settings"
-    return float(int(float(match.group(1)) * _BYTES[match.group(2)]))
+    size = bytes_of(value)
+    assert size is not None, "validated by the settings"
+    return float(size)

@@ -26,6 +26,6 @@ def grow_segments(
         The environment.
     """
     release = platform.release() if release is None else release
-    if "microsoft" not in release.lower() and not any(environment.get(name) for name in _NAMES):
+    if "microsoft" not in release.lower() and not any(name in environment for name in _NAMES):
         environment[_NAMES[0]] = "expandable_segments:True"
     return environment

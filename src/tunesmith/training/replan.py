@@ -20,6 +20,7 @@ import torch
 
 from tunesmith.contracts.errors import UserError
 from tunesmith.distributed.single import SingleDevice
+from tunesmith.models.host_memory import NoHostMemoryError
 from tunesmith.training.state import restore_rng, rng_state
 from tunesmith.training.step import first_sentence
 
@@ -92,21 +93,28 @@ class Replanner:
             warn: is told of each change.
 
         Raises:
-            OutOfRoomError: nothing leaner is left, or none is wanted; random states are as before the step.
+            OutOfRoomError: nothing leaner is left, or none is wanted, or it is the host that has no room; random
+                states are as before the step.
         """
         tensors, plain = rng_state()
         while True:
-            said = ""
+            said, of_host = "", False
             try:
                 return attempt()
+            except NoHostMemoryError as error:
+                said, of_host = str(error), True
             except torch.OutOfMemoryError as error:
                 said = first_sentence(error)
             # only now: the error's frames held what the pass had made
             self._clear()
             restore_rng(tensors, plain)
-            leaner = self._next(*sizes())
+            leaner = None if of_host else self._next(*sizes())
             if leaner is None:
-                raise _given_up(step, said, asked=self._ladder is not None)
+                raise (
+                    _host_given_up(step, said)
+                    if of_host
+                    else _given_up(step, said, asked=self._ladder is not None)
+                )
             if leaner.max_tokens is not None:
                 regroup(leaner.max_tokens)
             warn(
@@ -123,10 +131,19 @@ class Replanner:
         return self._ladder.down(largest, longest)
 
     def _clear(self) -> None:
+        if self._backend.device.type == "cuda":  # copies may still write into what is let go of here
+            torch.cuda.synchronize(self._backend.device)
         self._backend.discard()
         gc.collect()
         if self._backend.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _host_given_up(step: int, said: str) -> OutOfRoomError:
+    return OutOfRoomError(
+        f"Step {step} ran out of host memory, where layers keep what backward needs ({said}).",
+        hint="Free memory of this machine, or set memory.policy to one that does not offload.",
+    )
 
 
 def _given_up(step: int, said: str, *, asked: bool) -> OutOfRoomError:
