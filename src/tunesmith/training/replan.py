@@ -108,13 +108,11 @@ class Replanner:
             # only now: the error's frames held what the pass had made
             self._clear()
             restore_rng(tensors, plain)
-            leaner = None if of_host else self._next(*sizes())
+            if of_host:
+                raise _host_given_up(step, said)
+            leaner = self._next(*sizes())
             if leaner is None:
-                raise (
-                    _host_given_up(step, said)
-                    if of_host
-                    else _given_up(step, said, asked=self._ladder is not None)
-                )
+                raise _given_up(step, said, asked=self._ladder is not None)
             if leaner.max_tokens is not None:
                 regroup(leaner.max_tokens)
             warn(
