@@ -38,6 +38,8 @@ class Bar:
     within_gib: float | None = None
 
 
+FAMILIES = ("mistral-7b", "qwen2.5-7b", "qwen3-8b", "gemma2-9b", "gemma3-12b", "phi-4")
+
 BARS = (
     Bar("8B QLoRA kept, tokens/s", "8b-qlora", KEEP, at_least=15_800),
     Bar("8B QLoRA kept, peak GiB", "8b-qlora", KEEP, at_most=32.0, measure="peak_gib"),
@@ -58,6 +60,13 @@ BARS = (
         over=("135m-lora", KEEP)),
     Bar("8B full fine-tuning with 8-bit Adam over the better of transformers", "8b-full", (OURS,), at_least=1.3,
         over=("8b-full", STOCK)),
+    *(Bar(f"{shape} QLoRA kept, within its memory, over Unsloth without checkpointing", f"{shape}-qlora",
+          ("tunesmith-plan_kept",), at_least=1.1, over=(f"{shape}-qlora", ("unsloth-none",)))
+      for shape in FAMILIES),
+    *(Bar(f"{case} within its memory over Unsloth with its checkpointing", case, ("tunesmith-plan_lean",),
+          at_least=least, over=(case, ("unsloth",)))
+      for case, least in (*((f"{shape}-qlora", 1.25) for shape in FAMILIES),
+                          ("70b-qlora", 1.3), ("70b-qlora-long", 1.3))),
 )  # fmt: skip
 
 

@@ -133,6 +133,7 @@ def _unsloth(kind: str, checkpointing: str | bool) -> System:
 
 SYSTEMS: dict[str, System] = {
     "tunesmith-plan": _ours("plan", "kept", budget=0.92),
+    "tunesmith-plan_kept": _ours("plan", "kept", within="unsloth-none"),
     "tunesmith-plan_lean": _ours("plan", "lean", within="unsloth"),
     "tunesmith-keep_all": _ours("keep_all", "kept"),
     "tunesmith-keep": _ours("keep", "kept"),
@@ -161,7 +162,10 @@ _DEEP = (
     "tunesmith-plan", "unsloth-none", "unsloth", "tunesmith-plan_lean", "tunesmith-offload_attention",
     "tunesmith-recompute",
 )  # fmt: skip
-_FAMILY = ("tunesmith-keep", "unsloth-none", "tunesmith-offload_attention", "unsloth")
+_FAMILY = (
+    "unsloth-none", "tunesmith-plan_kept", "unsloth", "tunesmith-plan_lean", "tunesmith-keep",
+    "tunesmith-offload_attention",
+)  # fmt: skip
 
 CASES: dict[str, Case] = {
     "8b-qlora": Case("8b", "qlora", 2, 4096, _ALL),
