@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.peers.tables import FAMILIES
+
 Record = dict[str, Any]
 
 OURS = "tunesmith-"
@@ -38,7 +40,10 @@ class Bar:
     within_gib: float | None = None
 
 
-FAMILIES = ("mistral-7b", "qwen2.5-7b", "qwen3-8b", "gemma2-9b", "gemma3-12b", "phi-4")
+def _lean(case: str, at_least: float) -> Bar:
+    text = f"{case} within its memory over Unsloth with its checkpointing"
+    return Bar(text, case, ("tunesmith-plan_lean",), at_least=at_least, over=(case, ("unsloth",)))
+
 
 BARS = (
     Bar("8B QLoRA kept, tokens/s", "8b-qlora", KEEP, at_least=15_800),
@@ -63,10 +68,8 @@ BARS = (
     *(Bar(f"{shape} QLoRA kept, within its memory, over Unsloth without checkpointing", f"{shape}-qlora",
           ("tunesmith-plan_kept",), at_least=1.1, over=(f"{shape}-qlora", ("unsloth-none",)))
       for shape in FAMILIES),
-    *(Bar(f"{case} within its memory over Unsloth with its checkpointing", case, ("tunesmith-plan_lean",),
-          at_least=least, over=(case, ("unsloth",)))
-      for case, least in (*((f"{shape}-qlora", 1.25) for shape in FAMILIES),
-                          ("70b-qlora", 1.3), ("70b-qlora-long", 1.3))),
+    *(_lean(f"{shape}-qlora", 1.25) for shape in FAMILIES),
+    *(_lean(case, 1.3) for case in ("70b-qlora", "70b-qlora-long")),
 )  # fmt: skip
 
 

@@ -167,6 +167,9 @@ _FAMILY = (
     "tunesmith-offload_attention",
 )  # fmt: skip
 
+FAMILIES = ("mistral-7b", "qwen2.5-7b", "qwen3-8b", "gemma2-9b", "gemma3-12b", "phi-4")
+"""Shapes of other families than Llama's."""
+
 CASES: dict[str, Case] = {
     "8b-qlora": Case("8b", "qlora", 2, 4096, _ALL),
     "8b-lora": Case("8b", "lora", 2, 4096, ("tunesmith-keep_all", *_KEPT, "liger")),
@@ -177,9 +180,6 @@ CASES: dict[str, Case] = {
     "135m-lora-masked": Case("135m", "lora", 8, 512, _KEPT, supervised=0.1, steps=20, warm=5, expected=50),
     "70b-qlora": Case("70b", "qlora", 1, 4096, _DEEP, steps=6, expected=120, layers=8),
     "70b-qlora-long": Case("70b", "qlora", 1, 32_768, _DEEP, steps=4, warm=2, expected=150, layers=8),
-    **{
-        f"{shape}-qlora": Case(shape, "qlora", 2, 4096, _FAMILY, steps=6, expected=90)
-        for shape in ("mistral-7b", "qwen2.5-7b", "qwen3-8b", "gemma2-9b", "gemma3-12b", "phi-4")
-    },
+    **{f"{shape}-qlora": Case(shape, "qlora", 2, 4096, _FAMILY, steps=6, expected=90) for shape in FAMILIES},
 }
 """`--layers` of `compare.py` makes any of them shallower."""

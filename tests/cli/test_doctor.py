@@ -174,10 +174,10 @@ def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     limit = tmp_path / "memory.max"
     for text, expected in (("max\n", None), ("2147483648\n", 2**31)):
         limit.write_text(text, encoding="ascii")
-        assert doctor_machine.container_limit((tmp_path / "absent", limit)) == expected
-    assert doctor_machine.container_limit((tmp_path / "absent",)) is None
+        assert doctor_machine.number_in(tmp_path / "absent", limit) == expected
+    assert doctor_machine.number_in(tmp_path / "absent") is None
 
-    monkeypatch.setattr(doctor_machine, "_CGROUP_LIMITS", (limit,))
+    monkeypatch.setattr(doctor_machine, "LIMITS", (limit,))
     found = finding(examine(checks=rows("memory")), "memory")
     assert "this container may use 2.0 GiB" in found.value
     assert found.state == "note"

@@ -94,7 +94,7 @@ def fitting(model: Any, attached: Attached, policies: Sequence[str], tokens: int
     dtype = next(
         (p.dtype for p in parameters if not p.requires_grad and p.is_floating_point()), parameters[0].dtype
     )
-    free = free_host_memory()
+    free = host = free_host_memory()
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -108,6 +108,6 @@ def fitting(model: Any, attached: Attached, policies: Sequence[str], tokens: int
         costs=[cost for cost in costs if cost.name in policies],
         device=device.type,
         free_bytes=free - fixed_bytes(causal, "adamw", attached.installed),
-        free_host_bytes=free_host_memory(),
+        free_host_bytes=host,
         row_tokens=tokens,
     ).policy

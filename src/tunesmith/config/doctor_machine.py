@@ -12,6 +12,7 @@ from tunesmith.config.doctor_row import Check, Finding, State, Subject
 from tunesmith.contracts.plural import counted
 from tunesmith.contracts.sizes import memory_size
 from tunesmith.data.cache import cache_folder
+from tunesmith.planning.host import LIMITS, number_in
 
 PYTHONS = ((3, 11), (3, 14))
 """The first version of Python that runs tunesmith, and the first that does not any more."""
@@ -19,7 +20,6 @@ _MIB, _GIB = 2**20, 2**30
 _FULL, _SCARCE = 100 * _MIB, 10 * _GIB
 """Bytes of a disk without which nothing can be written, and below which models and checkpoints soon fill it."""
 _LITTLE_MEMORY = 4 * _GIB
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def _python(_: Subject) -> Finding:
@@ -49,7 +49,7 @@ def _memory(_: Subject) -> Finding:
     import psutil
 
     memory = psutil.virtual_memory()
-    limit = container_limit(_CGROUP_LIMITS)
+    limit = number_in(*LIMITS)
     value = f"{memory_size(memory.available)} free of {memory_size(memory.total)}"
     usable = memory.available
     if limit is not None and limit < memory.total:
@@ -58,17 +58,6 @@ def _memory(_: Subject) -> Finding:
     if usable < _LITTLE_MEMORY:
         return Finding(value, "note", "Models of more than a few hundred million parameters will not fit.")
     return Finding(value)
-
-
-def container_limit(files: tuple[Path, ...]) -> int | None:
-    """Bytes that the container of this process may use; None where no file says so."""
-    for file in files:
-        try:
-            text = file.read_text(encoding="ascii").strip()
-        except OSError:
-            continue
-        return int(text) if text.isdecimal() else None  # `max` is no limit
-    return None
 
 
 def _disk_of_the_run(subject: Subject) -> Finding:

@@ -227,18 +227,19 @@ def _backward(
     grad_TN = fused_TN.new_empty(fused_TN.shape[0], shape.grad_stride)[:, : shape.heads.columns]
     heads, part = shape.heads, backward_part(shape.documents * shape.length, shape.heads, grad.element_size())
     by_head = (heads.query, heads.size)
+    (q, k, v), (dq, dk, dv) = heads.split(fused_TN), heads.split(grad_TN)
+    of_keys = {"k": k, "v": v, "dk": dk, "dv": dv}
     of_queries = {
+        "q": q,
+        "dq": dq,
         "out": output.unflatten(-1, by_head),
         "grad": grad.contiguous().unflatten(-1, by_head),
         "lse": saved[0] if shape.ragged else saved[0].view(shape.documents, heads.query, shape.length),
     }
-    of_queries["q"], *of_keys = heads.split(fused_TN)
-    of_queries["dq"], *of_key_gradients = heads.split(grad_TN)
-    of_key_values = dict(zip(("k", "v", "dk", "dv"), (*of_keys, *of_key_gradients), strict=True))
     plan = _backward_plan(replace(shape, part=part))
     for number in range(heads.key_value // part.key_value):
         values = {name: _run(value, number, part.query) for name, value in of_queries.items()}
-        values |= {name: _run(value, number, part.key_value) for name, value in of_key_values.items()}
+        values |= {name: _run(value, number, part.key_value) for name, value in of_keys.items()}
         if not shape.ragged:  # the one tensor that cuDNN takes in one piece only, and aligned
             values["lse"] = values["lse"].clone(memory_format=torch.contiguous_format)
         _execute(plan, values | where)
@@ -256,9 +257,8 @@ def backward_workspace(tokens: int, heads: Heads, itemsize: int) -> int:
     Args:
         tokens: documents · length of a graph.
     """
-    of_keys = (
-        2 * heads.size * itemsize if heads.query > heads.key_value else 0
-    )  # ∂k and ∂v for each query head
+    # ∂k and ∂v for each query head, where several share them
+    of_keys = 2 * heads.size * itemsize if heads.query > heads.key_value else 0
     return tokens * heads.query * (4 * (heads.size + 1) + of_keys)
 
 

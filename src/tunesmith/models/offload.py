@@ -83,10 +83,11 @@ class Offloader:
     def push(self, tensors: list[Tensor]) -> Handle:
         """Start moving tensors to the host; their device memory is given back as soon as they have left."""
         handle = Handle([tensor.shape for tensor in tensors])
-        handle.device = list(tensors) if self._stream is None else [whole_rows(tensor) for tensor in tensors]
         if self._stream is None:
+            handle.device = list(tensors)
             return handle
         handle.where = tensors[0].device
+        handle.device = [whole_rows(tensor) for tensor in tensors]
         # before anything is taken, and with nothing that knows this object: its last handles are known to it
         weakref.finalize(handle, _give_back, self._memory, handle.host)
         for tensor in handle.device:
