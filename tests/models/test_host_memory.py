@@ -68,12 +68,12 @@ def test_pieces_are_pinned_as_they_are_and_no_longer_than_they_live(monkeypatch:
 def test_a_host_that_pins_no_more_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     forgotten: list[str] = []
     monkeypatch.setattr(host_memory, "_forget_error", lambda device: forgotten.append(str(device)))
-    runtime_of(monkeypatch, 40 * ALIGNMENT)
+    runtime_of(monkeypatch, 36 * ALIGNMENT)
     monkeypatch.setattr(host_memory, "_unpin", lambda *_: None)
     memory = HostMemory(pinned=True)
-    memory.take(30 * ALIGNMENT)
-    memory.take(10 * ALIGNMENT)
-    assert memory.bytes == 40 * ALIGNMENT, "no piece as large as all before it, which the host does not pin"
+    memory.take(32 * ALIGNMENT)
+    memory.take(4 * ALIGNMENT)
+    assert memory.bytes == 36 * ALIGNMENT, "no piece for two of them, which the host does not pin"
     with pytest.raises(
         NoHostMemoryError, match=r"^512 bytes of host memory cannot be pinned \(CUDA error 2\)$"
     ):
@@ -120,6 +120,17 @@ def test_what_is_given_back_serves_other_sizes() -> None:
     assert len(set(pinned)) == 1
     needed = 12 * 17 * 900
     assert needed <= pinned[0] <= 2 * needed
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 17, 40, 100])
+def test_buffers_of_one_size_leave_no_gaps(size: int) -> None:
+    """As layers do that are alike: beyond what is used there is what one piece has left."""
+    memory = HostMemory(pinned=False)
+    for used in range(size * ALIGNMENT, 100 * size * ALIGNMENT, size * ALIGNMENT):
+        memory.take(size * ALIGNMENT)
+        spare = memory.bytes - used
+        assert 0 <= spare < max(4 * ALIGNMENT, min(64 * ALIGNMENT, used // 4) + 1)
+        assert sum(end - start for piece in memory._pieces for start, end in piece.free) == spare
 
 
 def test_a_buffer_larger_than_any_piece_has_its_own() -> None:

@@ -10,6 +10,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from tunesmith.models import host_memory
+from tunesmith.models.host_memory import aligned
 from tunesmith.models.offload import Handle, Offloader, whole_rows
 from tunesmith.planning.policies import IN_FLIGHT
 
@@ -85,6 +87,20 @@ def test_what_does_not_lie_in_rows_with_room_is_copied():
         assert found.is_contiguous()
         assert torch.equal(found[:, : view.shape[1]] if view.dim() == 2 else found, view)
     assert whole_rows(fused[:, :4]).data_ptr() == fused.data_ptr()
+
+
+def test_a_layer_takes_one_buffer_for_all_that_it_moves(monkeypatch):
+    monkeypatch.setattr(host_memory, "SMALLEST_PIECE", 1)
+    offloader = moving(monkeypatch)
+    layers = [[torch.full(shape, n).to(dtype) for shape, dtype in SHAPES] for n in range(6)]
+    handles = [offloader.push([tensor.clone() for tensor in tensors]) for tensors in layers]
+    size = sum(aligned(tensor.nbytes) for tensor in layers[0])
+    assert offloader.host_bytes == 6 * size
+    for tensors, handle in zip(reversed(layers), reversed(handles), strict=True):
+        for tensor, pulled in zip(tensors, offloader.pull(handle), strict=True):
+            assert torch.equal(tensor, pulled)
+            assert tensor.dtype == pulled.dtype
+    assert [piece.free for piece in offloader._memory._pieces] == [[(0, size)]] * 6
 
 
 @pytest.mark.parametrize("pulled", [0, 1, 4])

@@ -13,6 +13,7 @@ from benchmarks.peers.with_tunesmith import training_step
 from benchmarks.planned import facts_of, work_of
 from benchmarks.shapes import SHAPES, random_model
 
+from tunesmith.models.host_memory import GROWTH, LARGEST_PIECE, SMALLEST_PIECE
 from tunesmith.planning.bytes import host_bytes, peak_bytes
 
 pytestmark = pytest.mark.gpu
@@ -46,6 +47,11 @@ def measured(model: Any, policies: Sequence[str], adapter: str, batch: Any) -> t
     return timing, host
 
 
+def spare(moved: int) -> int:
+    """Bytes that may be pinned beyond those that move: a piece that nothing is cut from yet."""
+    return min(LARGEST_PIECE, max(SMALLEST_PIECE, moved // GROWTH)) if moved else 0
+
+
 @pytest.mark.parametrize(
     ("shape", "adapter"),
     [
@@ -70,6 +76,7 @@ def test_peaks(shape: str, adapter: str) -> None:
                 f"{timing.peak / GIB:.2f} measured ({off:+.1%}), {timing.reserved / GIB:.2f} reserved"
             )
             print(figures, flush=True)
-            if abs(off) > WITHIN or host > host_bytes(facts, work, policies) * 1.01:
-                missed.append(f"{figures}, {host / GIB:.2f} of the host")
+            moved = host_bytes(facts, work, policies)
+            if abs(off) > WITHIN or not moved <= host <= moved + spare(moved):
+                missed.append(f"{figures}; {moved / GIB:.2f} of the host foreseen, {host / GIB:.2f} pinned")
     assert not missed, "\n".join(missed)

@@ -19,7 +19,7 @@ from tunesmith.models.head import CausalModel
 from tunesmith.models.install import install
 from tunesmith.models.probe import probe_batch
 from tunesmith.objectives.sft import SFT
-from tunesmith.planning.bytes import LIBRARIES, fixed_bytes, peak_bytes, timeline
+from tunesmith.planning.bytes import LIBRARIES, fixed_bytes, head_rows, peak_bytes, timeline
 from tunesmith.planning.facts import ModelFacts, Work
 from tunesmith.planning.read_facts import read_facts
 from tunesmith.training.step import ObjectiveLoss
@@ -64,9 +64,14 @@ class Step:
     layers: dict[str, int] = field(default_factory=dict)
 
 
-def stepped(family: str, quantize: str, rank: int, policies: list[str]) -> Step:
+VOCABULARY = 16_384
+MANY = 131_072
+"""Of this vocabulary a chunk of logits is a quarter of the rows."""
+
+
+def stepped(family: str, quantize: str, rank: int, policies: list[str], vocabulary: int = VOCABULARY) -> Step:
     """Forward and backward of a step."""
-    model, _ = model_of(family, rank, num_hidden_layers=len(policies), vocab_size=16384)
+    model, _ = model_of(family, rank, num_hidden_layers=len(policies), vocab_size=vocabulary)
     with fake_gpu() as live:
         materialise(model)
         if quantize == "nf4":
@@ -104,9 +109,11 @@ def stepped(family: str, quantize: str, rank: int, policies: list[str]) -> Step:
         return step
 
 
-def counted(family: str, quantize: str, rank: int, layers: int) -> tuple[ModelFacts, Work]:
+def counted(
+    family: str, quantize: str, rank: int, layers: int, vocabulary: int = VOCABULARY
+) -> tuple[ModelFacts, Work]:
     """What the timeline is asked for the same step."""
-    _, config = model_of(family, rank, num_hidden_layers=layers, vocab_size=16384)
+    _, config = model_of(family, rank, num_hidden_layers=layers, vocab_size=vocabulary)
     work = Work(DOCUMENTS, sum(DOCUMENTS) - 1, quantize=quantize, rank=rank)
     return read_facts(config.to_dict(), family), work
 
@@ -125,6 +132,17 @@ def test_the_peak_of_a_step(family: str, quantize: str, rank: int, mixture: str)
     assert fixed.weights + fixed.adapter == pytest.approx(step.before, rel=0.01)
     foreseen = peak_bytes(model, work, policies, accumulates=False) - LIBRARIES - fixed.optimizer
     assert foreseen == pytest.approx(step.peak + step.before, rel=0.02)
+
+
+@pytest.mark.parametrize(("family", "quantize", "rank"), MODELS)
+def test_the_head_holds_one_chunk_of_logits(family: str, quantize: str, rank: int) -> None:
+    """At its moment, which is the largest here; two of 250 MiB were alive once, the old one until the new one was."""
+    step = stepped(family, quantize, rank, ["keep"] * 2, MANY)
+    model, work = counted(family, quantize, rank, 2, MANY)
+    assert head_rows(model, work) * 3 < work.supervised
+    largest = max(timeline(model, work, ["keep"] * 2), key=lambda moment: moment.bytes)
+    assert largest.label == "head"
+    assert step.peak == pytest.approx(largest.bytes, rel=0.001)
 
 
 @pytest.mark.parametrize("mixture", MOVING)

@@ -149,6 +149,7 @@ class _LinearLogprob(torch.autograd.Function):
         for rows in _chunks(hidden_SD, head.weight_VD.shape[0]):
             logits_CV = _logits(hidden_SD[rows], head)
             logprob_S[rows], _ = logprob_(logits_CV, targets_S[rows], scale=head.scale, softcap=head.softcap)
+            del logits_CV  # before the next ones are there
         ctx.save_for_backward(hidden_SD, targets_S, head.weight_VD, head.bias_V)
         ctx.scale, ctx.softcap = head.scale, head.softcap
         return logprob_S
@@ -164,6 +165,7 @@ class _LinearLogprob(torch.autograd.Function):
             grad_CV = _logits(hidden_SD[rows], head)
             softmax_gradient_(grad_CV, targets_S[rows], scale=head.scale, softcap=head.softcap)
             total.add(rows, hidden_SD[rows], grad_CV, head)
+            del grad_CV  # before the next chunk's logits are there
         hidden, weight, bias = _scaled(total.sums(), grad_S.new_ones(()), _types(hidden_SD, head))
         return hidden, None, weight, bias, None, None
 
@@ -193,6 +195,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 logprob_C, _ = logprob_(logits_CV, targets_S[rows], scale=head.scale, softcap=head.softcap)
             loss -= (weights_S[rows] * logprob_C).sum()
+            del logits_CV  # before the next ones are there
         ctx.save_for_backward(*total.sums())  # given back as soon as they are read
         ctx.types = _types(hidden_SD, head)
         return loss

@@ -1,8 +1,9 @@
 """Pinned host memory: in few large pieces for buffers that come and go, and whole for a tensor that stays.
 
 Pinning costs milliseconds a call. Micro-batches of ever new sizes would pin ever new buffers: pieces are pinned
-rarely, each as large as all before it together up to `LARGEST_PIECE`, and buffers are cut from them, so that what one
-micro-batch gives back serves the next one, whatever its sizes.
+rarely, and buffers are cut from them, so that what one micro-batch gives back serves the next one, whatever its
+sizes. A piece is a quarter of all before it together, in whole buffers of the size that was asked for: what is pinned
+beyond what is used is seldom more than that.
 
 Memory is pinned where it lies, byte for byte, and so is a tensor that stays. torch's own pool rounds up to powers of
 two: a layer's input of 2.3 GiB, or a table of that size, would take 4 of the host.
@@ -25,7 +26,9 @@ from tunesmith.planning.host import free_host_memory
 
 SMALLEST_PIECE = 32 << 20
 LARGEST_PIECE = 1 << 30
-"""Bytes of a piece. The largest bounds what is pinned and never used, the smallest what a small model pins."""
+"""Bytes of a piece that holds more than one buffer."""
+GROWTH = 4
+"""A piece is so many times smaller than all before it."""
 ALIGNMENT = 256
 _PORTABLE, _MAPPED = 1, 2
 """`cudaHostRegister`: pinned for every context, and with an address that kernels can read."""
@@ -86,12 +89,13 @@ class HostMemory:
         """
         if size == 0:
             return torch.empty(0, dtype=torch.uint8)
-        room = _aligned(size)
+        room = aligned(size)
         for piece in self._pieces:
             buffer = piece.take(room)
             if buffer is not None:
                 return buffer[:size]
-        want = max(room, min(LARGEST_PIECE, max(SMALLEST_PIECE, self.bytes)))
+        most = min(LARGEST_PIECE, max(SMALLEST_PIECE, self.bytes // GROWTH))
+        want = max(room, most // room * room)
         try:
             memory = self._piece(want)
         except NoHostMemoryError:
@@ -116,12 +120,13 @@ class HostMemory:
         for piece in self._pieces:
             start = at - piece.memory.data_ptr()
             if 0 <= start < piece.memory.numel():
-                piece.give(start, start + _aligned(buffer.nbytes))
+                piece.give(start, start + aligned(buffer.nbytes))
                 return
         raise AssertionError("the buffer is not of this memory")
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """Bytes that a buffer of `size` takes."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 

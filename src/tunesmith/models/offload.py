@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tunesmith.models.host_memory import HostMemory
+from tunesmith.models.host_memory import HostMemory, aligned
 from tunesmith.planning.policies import IN_FLIGHT
 
 
@@ -34,10 +34,12 @@ class Handle:
 
     Attributes:
         shapes: of the tensors as they were given.
+        buffer: of the host, taken for all of them together; nothing in it once they are on their way back.
         host, device: where they are, whole rows each.
     """
 
     shapes: list[torch.Size]
+    buffer: list[Tensor] = field(default_factory=list)
     host: list[Tensor] = field(default_factory=list)
     device: list[Tensor] = field(default_factory=list)
     copied_out: torch.cuda.Event | None = None
@@ -89,9 +91,9 @@ class Offloader:
         handle.where = tensors[0].device
         handle.device = [whole_rows(tensor) for tensor in tensors]
         # before anything is taken, and with nothing that knows this object: its last handles are known to it
-        weakref.finalize(handle, _give_back, self._memory, handle.host)
-        for tensor in handle.device:
-            handle.host.append(self._host_buffer(tensor))
+        weakref.finalize(handle, _give_back, self._memory, handle.buffer)
+        handle.buffer.append(self._memory.take(sum(aligned(tensor.nbytes) for tensor in handle.device)))
+        handle.host = _cut(handle.buffer[0], handle.device)
         compute = torch.cuda.current_stream(handle.where)
         self._stream.wait_stream(compute)
         with torch.cuda.stream(self._stream):
@@ -120,9 +122,6 @@ class Offloader:
         if handle.copied_in is None:  # not asked back in the meantime
             compute.wait_event(handle.copied_out)  # the allocator may hand the memory to compute from here on
             handle.device = []
-
-    def _host_buffer(self, tensor: Tensor) -> Tensor:
-        return self._memory.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
 
     def pull(self, handle: Handle) -> list[Tensor]:
         """The tensors back on their device; also starts on those of the layer that was pushed before."""
@@ -157,10 +156,20 @@ class Offloader:
                 for host, tensor in zip(handle.host, handle.device, strict=True):
                     tensor.copy_(host, non_blocking=True)
                 handle.copied_in = self._stream.record_event()
-        _give_back(self._memory, handle.host)
+        handle.host = []
+        _give_back(self._memory, handle.buffer)
 
 
-def _give_back(memory: HostMemory, host: list[Tensor]) -> None:
-    """Host buffers back into the memory that they were cut from, and the list emptied."""
-    while host:
-        memory.give(host.pop())
+def _cut(buffer: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Parts of a buffer, one for each tensor; one buffer a layer, so that layers which are alike leave no gaps."""
+    parts, start = [], 0
+    for tensor in like:
+        parts.append(buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+        start += aligned(tensor.nbytes)
+    return parts
+
+
+def _give_back(memory: HostMemory, buffer: list[Tensor]) -> None:
+    """A buffer back into the memory that it was cut from, and the list emptied."""
+    while buffer:
+        memory.give(buffer.pop())

@@ -238,10 +238,9 @@ def _around_the_head(model: ModelFacts, work: Work, held: int, there: OnDevice, 
     elements = work.tokens * model.hidden
     head, left = _head(model, work)
     gradients = _head_gradients(model, work)
-    normed = rounded(elements * work.itemsize)
     return [
         Moment(LAST_NORM, held + there.forward[-1], passing + forward * elements, 0),
-        Moment("head", held + there.end, passing + kept * elements + normed + head, 0),
+        Moment("head", held + there.end, passing + kept * elements + head, 0),
         Moment(
             "last norm, backward",
             held + there.end,
