@@ -61,9 +61,11 @@ def _attend(call: LayerCall, stash: Stash, operands: AllOperands, weights: Weigh
 
 
 def _middle(call: LayerCall, stash: Stash, operands: AllOperands, weights: Weights) -> Tensor:
-    """The residual stream after attention."""
-    output_TN = call.only(stash.large["output"], beside(call.groups.output))
+    """The residual stream after attention; one pass where what the norm behind attention reads is there."""
     residual_TD = call.only(stash.large["input"])
+    if "branch0" in stash.large:
+        return layer_norms.behind(call, 0, stash.large["branch0"], residual_TD, stash)
+    output_TN = call.only(stash.large["output"], beside(call.groups.output))
     return onto(call, 0, residual_TD, output_TN, stash, operands.output, weights)
 
 
@@ -175,7 +177,7 @@ class _DecoderLayer(torch.autograd.Function):
         del parameters  # read from the modules; inputs only so that their gradients have somewhere to go
         out_TD, stash = layer_forward(call, hidden_TD)
         policy, large = call.policy, {"input": hidden_TD}
-        large |= {name: tensor for name, tensor in stash.large.items() if stage_of(name) in policy.keep}
+        large |= {name: tensor for name, tensor in stash.large.items() if call.keeps(name)}
         small = {name: tensor for name, tensor in stash.small.items() if not call.rebuilds(name)}
         moves = {name: tensor for name, tensor in large.items() if stage_of(name) in policy.offload}
         if moves and not policy.keep:  # then nothing of a layer's tokens stays on the device

@@ -157,8 +157,22 @@ class LayerCall:
         full_TK = picked_SK.new_zeros(self.cos_TK.shape[0], picked_SK.shape[1])
         return full_TK.index_add_(0, self.rows, picked_SK)  # a position may have two targets
 
+    @property
+    def streams_again(self) -> bool:
+        """Whether backward makes the stream after attention in one pass, from what the norm behind attention reads.
+
+        Only a policy that keeps what a pass gives keeps it: `keep_all`, with the gated activation.
+        """
+        return self.norms.behind_attention is not None and "act" not in self.policy.keep
+
+    def keeps(self, name: str) -> bool:
+        """Whether a large tensor lies between the passes, on the device or the host."""
+        return stage_of(name) in self.policy.keep and not (name == "middle" and self.streams_again)
+
     def rebuilds(self, name: str) -> bool:
-        """Whether backward computes a small tensor again, with the stage that it falls out of."""
+        """Whether backward computes a small tensor again, with the stage or the stream that it falls out of."""
+        if name == "behind0" and self.streams_again:
+            return True
         return name in REBUILT_WITH and REBUILT_WITH[name] not in self.policy.keep
 
 

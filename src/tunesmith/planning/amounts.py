@@ -317,6 +317,8 @@ class LayerAmounts:
             found += self.attention()
         if "middle" not in kept and not layer.parallel:
             found += self.middle(again=True)
+        elif layer.norms[1] and "act" not in kept:
+            found += self._pass(3 * self.rows * layer.hidden)
         if "gate_up" not in kept:
             found += self.gate_up(again=True)
         if "middle" not in kept and layer.norms[3]:  # what the norm behind the MLP reads lies with the middle
@@ -332,7 +334,8 @@ class LayerAmounts:
             "input": tokens * layer.hidden,
             "qkv": tokens * (layer.qkv_columns + room["qkv"]),
             "attention": tokens * (layer.q_columns + sizes.beside("output")),
-            "middle": rows * layer.hidden * (1 - layer.parallel + layer.norms[1] + layer.norms[3]),
+            # the stream, or what a norm behind attention makes it of
+            "middle": rows * layer.hidden * ((layer.norms[1] or not layer.parallel) + layer.norms[3]),
             "gate_up": rows * (layer.gate_up_columns + room["gate_up"]),
             "act": rows * layer.inner,
         }

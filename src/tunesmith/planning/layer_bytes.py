@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from tunesmith.planning.facts import LayerFacts, Work
 from tunesmith.planning.layer_sizes import FLOAT, Sizes
-from tunesmith.planning.policies import HELD
+from tunesmith.planning.policies import HELD, Held
 from tunesmith.planning.tape import Tape, rounded
 from tunesmith.planning.workspaces import NORM_PROGRAMS, attention_workspace, glu_splits
 
@@ -32,6 +32,11 @@ SMALL: Mapping[str, str | None] = {
     "u.gate_up": "gate_up", "stats2": "gate_up", "u.down": None, "stats3": None,
 }  # fmt: skip
 """Rank-wide products and statistics of rows, and the stage whose recomputation gives them again; None are kept."""
+
+
+def streams_again(layer: LayerFacts, held: Held) -> bool:
+    """Whether the stream after attention is made again from what the norm behind attention reads."""
+    return layer.norms[1] and "middle" in held.keep and "act" not in held.keep
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +68,9 @@ class _Layer:
     def __init__(self, layer: LayerFacts, work: Work, policy: str) -> None:
         self.layer, self.work, self.held = layer, work, HELD[policy]
         self.sizes, self.tape = Sizes(layer, work), Tape()
-        self.kept = {name for stage in self.held.keep for name in STAGES[stage]}
-        self.moved = {name for stage in self.held.moved & self.held.keep for name in STAGES[stage]}
+        left_out = {"middle"} if streams_again(layer, self.held) else set()
+        self.kept = {name for stage in self.held.keep for name in STAGES[stage]} - left_out
+        self.moved = {name for stage in self.held.moved for name in STAGES.get(stage, ())} & self.kept
         self.again = self.shared = False
         most = work.tile_tokens
         self.tiled = most is not None and "gate_up" not in self.held.keep and work.tokens > most
@@ -156,6 +162,8 @@ class _Layer:
             self.onto(1, "out")
         stages = self.held.keep
         self.kept |= {name for name, stage in SMALL.items() if stage is None or stage in stages}
+        if streams_again(self.layer, self.held):
+            self.kept.discard("stats1")
         if "gate_up" in stages:
             self.kept.add("operands")
         if self.layer.parallel:
@@ -175,7 +183,9 @@ class _Layer:
         if not tape.has("operands"):
             tape.make("operands", sizes.operands())
         self.attend()
-        if not tape.has("middle") and not layer.parallel:
+        if tape.has("branch0") and not tape.has("middle"):
+            self.norm(1, "middle")
+        elif not tape.has("middle") and not layer.parallel:
             self.onto(0, "middle")
         if self.tiled:
             self.tiles_backward()
