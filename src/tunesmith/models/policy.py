@@ -10,10 +10,11 @@
 
 The norms' results are never kept: backward needs them in products only that it takes from their inputs. What a norm
 behind a block reads is kept with the middle, and where one stands behind attention, it is kept instead of the middle:
-one pass over it makes that again, 0.06 ms of a layer of Gemma 3 12B for 60 MB. The gated activation costs backward one
-more write of it where it is not kept. `keep_all` keeps both. Every policy gives the same numbers; they differ in bytes and seconds only. Rank-wide products and statistics
-of rows are kept or rebuilt with the stage that they fall out of (`layer_call.REBUILT_WITH`); where nothing but the
-input is kept and that travels, what is left of them travels with it.
+one pass over it makes that again, 0.06 ms of a layer of Gemma 3 12B for 60 MB. The gated activation costs backward
+one more write of it where it is not kept. `keep_all` keeps both. Every policy gives the same numbers; they differ in
+bytes and seconds only. Rank-wide products and statistics of rows are kept or rebuilt with the stage that they fall
+out of (`layer_call.REBUILT_WITH`); where nothing but the input is kept and that travels, what is left of them travels
+with it.
 
 Why these rows. Per layer of the 8B shape at 8,192 tokens in bfloat16, on an H100 whose forward pass of a layer takes
 5 ms and whose host link moves 54 GB/s each way beside it:
