@@ -450,6 +450,23 @@ def test_a_host_that_pins_nothing_more_keeps_the_embedding_on_the_device(monkeyp
         fit_run.place_embedding(settings(memory={"embedding": "host"}), on_gpu, installed)
 
 
+def test_a_leaner_layout_whose_embedding_finds_no_room_on_the_host_says_so(monkeypatch):
+    causal, installed = fused_model(tie_word_embeddings=False)
+    found = planned(causal, installed, host=GIB, memory={"embedding": "device"})
+    found.request = replace(found.request, embedding="auto")
+
+    def refuse(_table):
+        raise NoHostMemoryError("cannot pin 1 GiB")
+
+    monkeypatch.setattr(host_embedding, "pinned_copy", refuse)
+    said = []
+    while (leaner := found.down(4096 * found.solution.rows, 4096)) is not None and len(said) < 20:
+        said.append(leaner.what)
+    (only,) = [what for what in said if "stays" in what]
+    assert only.endswith(" rows. The input embedding stays on the GPU: cannot pin 1 GiB")
+    assert installed.embedding is None
+
+
 def on_the_way_back(monkeypatch: pytest.MonkeyPatch) -> tuple[Planned, Installed]:
     """A plan whose next layout has the embedding on the device again, which has no room for it."""
     causal, installed = fused_model(tie_word_embeddings=False)

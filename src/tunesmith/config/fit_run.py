@@ -263,7 +263,7 @@ class Planned:
         return solve(self.facts, request, self.rates, budget, beside=self.beside)
 
     def _take(self, solution: Solution, budget: int) -> Leaner:
-        self.solution, self.budget = solution, budget
+        self.solution, self.budget, stayed = solution, budget, self.stays
         # tensors of the step that failed may be on their way in the one before
         self.installed.offloader = Offloader(enabled=next(self.installed.model.parameters()).is_cuda)
         try:
@@ -276,7 +276,8 @@ class Planned:
             self.solution = self._solve(solution.rows, budget)
             self.follow()
         rows = solution.rows
-        return Leaner(f"layers {self.plan.layout} and micro-batches of {rows} row{'s' * (rows > 1)}")
+        what = f"layers {self.plan.layout} and micro-batches of {rows} row{'s' * (rows > 1)}"
+        return Leaner(what if self.stays == stayed else f"{what}. {self.stays.removesuffix('.')}")
 
 
 def plan_fit(
