@@ -133,6 +133,21 @@ def test_buffers_of_one_size_leave_no_gaps(size: int) -> None:
         assert sum(end - start for piece in memory._pieces for start, end in piece.free) == spare
 
 
+def test_pieces_that_became_too_small_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Micro-batches a little longer each time: what is pinned grows with the longest, not with their number."""
+    runtime = runtime_of(monkeypatch, 1 << 30)
+    monkeypatch.setattr(host_memory, "_unpin", lambda address, _: runtime.cudaHostUnregister(address))
+    memory = HostMemory(pinned=True)
+    for size in [*range(20, 120, 3), 60, 119, 20]:
+        buffers = [memory.take(size * ALIGNMENT) for _ in range(12)]
+        used = 12 * size * ALIGNMENT
+        assert used <= memory.bytes == sum(runtime.pinned.values())
+        assert memory.bytes <= 2 * used or size < 119
+        while buffers:
+            memory.give(buffers.pop())
+    assert memory.bytes < 1.4 * 12 * 119 * ALIGNMENT
+
+
 def test_a_buffer_larger_than_any_piece_has_its_own() -> None:
     memory = HostMemory(pinned=False)
     large = memory.take(100 * ALIGNMENT + 1)

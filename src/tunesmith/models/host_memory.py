@@ -3,7 +3,8 @@
 Pinning costs milliseconds a call. Micro-batches of ever new sizes would pin ever new buffers: pieces are pinned
 rarely, and buffers are cut from them, so that what one micro-batch gives back serves the next one, whatever its
 sizes. A piece is a quarter of all before it together, in whole buffers of the size that was asked for: what is pinned
-beyond what is used is seldom more than that.
+beyond what is used is seldom more than that. A buffer that no piece has room for is larger than any before, or one
+more of its size; pieces of which nothing is in use have become too small then, and go.
 
 Memory is pinned where it lies, byte for byte, and so is a tensor that stays. torch's own pool rounds up to powers of
 two: a layer's input of 2.3 GiB, or a table of that size, would take 4 of the host.
@@ -47,6 +48,11 @@ class _Piece:
 
     memory: Tensor
     free: list[tuple[int, int]]
+
+    @property
+    def unused(self) -> bool:
+        """Whether nothing is cut from it."""
+        return self.free == [(0, self.memory.numel())]
 
     def take(self, size: int) -> Tensor | None:
         """The first free bytes of that size, or None."""
@@ -94,6 +100,8 @@ class HostMemory:
             buffer = piece.take(room)
             if buffer is not None:
                 return buffer[:size]
+        self._pieces = [piece for piece in self._pieces if not piece.unused]
+        self.bytes = sum(piece.memory.numel() for piece in self._pieces)
         most = min(LARGEST_PIECE, max(SMALLEST_PIECE, self.bytes // GROWTH))
         want = max(room, most // room * room)
         try:
