@@ -165,10 +165,7 @@ def test_refusals(run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.Mo
 def test_too_little_memory_to_check_is_told_at_once(
     run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Little:
-        available = 1000
-
-    monkeypatch.setattr(merge_result.psutil, "virtual_memory", Little)
+    monkeypatch.setattr(merge_result, "free_host_memory", lambda: 1000)
     assert exit_code("merge", run, tmp_path / "merged") == 2
     assert "Add --no-verify" in capsys.readouterr().err
     succeed("merge", run, tmp_path / "merged", "--no-verify")

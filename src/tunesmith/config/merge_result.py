@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -35,6 +34,7 @@ from tunesmith.export.merged_files import bytes_of, write_json, write_manifest, 
 from tunesmith.export.merged_weights import from_memory
 from tunesmith.export.verify import Verification, compare, log_probabilities
 from tunesmith.models.loader import choose_device, load_model, load_skeleton
+from tunesmith.planning.host import free_host_memory
 
 _QUESTIONS = (
     "What is the capital of France, and what is it known for?",
@@ -159,7 +159,7 @@ def _computed_in(found: FoundResult, device: torch.device, parameters: int, veri
         UserError: the check takes more memory than there is.
     """
     held = compute_dtype(found, device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_memory()
     if found.quantize == "none" and parameters * 4 <= 0.9 * free:
         return torch.float32
     need = parameters * held.itemsize
