@@ -416,8 +416,14 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
     """The run file is a pipe, so the process is known to be waiting in it when the signal comes."""
     pipe = tmp_path / "run.yaml"
     os.mkfifo(pipe)
+
+    def listen() -> None:  # a shell has what it runs in the background ignore the signal
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     with (
-        subprocess.Popen(command("train", pipe), stderr=subprocess.PIPE, text=True) as process,
+        subprocess.Popen(
+            command("train", pipe), stderr=subprocess.PIPE, text=True, preexec_fn=listen
+        ) as process,
         pipe.open("w"),
     ):
         process.send_signal(signal.SIGINT)  # the pipe opened, so the other side reads it
