@@ -38,6 +38,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 3
 """A process may take so many times what is expected before it is ended."""
 
+SPARE = 0.01
+"""Share that a plan leaves of another system's peak: forecasts are off by as much."""
+
 Record = dict[str, Any]
 
 
@@ -100,14 +103,14 @@ class Job:
         return f"{self.case_name}.{self.system_name}"
 
     def budget(self, records: Sequence[Record], card: str) -> float | None:
-        """GiB that it may use where that is another system's peak; None where that has not been measured."""
+        """GiB that a plan may use within another system's peak; None where that has not been measured."""
         peaks = [
             record["peak_gib"]
             for record in records
             if (record["case"], record["system"], record["card"], record["status"])
             == (self.case_name, self.system.within, card, "ok")
         ]
-        return float(peaks[-1]) if peaks else None
+        return (1 - SPARE) * float(peaks[-1]) if peaks else None
 
     def work(self, budget: float | None = None) -> Work:
         """What its process measures.

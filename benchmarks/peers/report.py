@@ -25,6 +25,7 @@ class Bar:
         case: a row of `CASES`.
         systems: names, or a prefix that ends in `-`; the fastest of them counts.
         within_gib: only those whose peak is not above it.
+        no_more_memory: only where the peak is not above that of the unit either.
         measure: a field of the results.
         over: (case, systems) whose fastest is the unit of the bound; None for absolute figures.
         at_least, at_most: the bound.
@@ -38,11 +39,12 @@ class Bar:
     measure: str = "tokens_per_second"
     over: tuple[str, tuple[str, ...]] | None = None
     within_gib: float | None = None
+    no_more_memory: bool = False
 
 
 def _lean(case: str, at_least: float) -> Bar:
-    text = f"{case} within its memory over Unsloth with its checkpointing"
-    return Bar(text, case, ("tunesmith-plan_lean",), at_least=at_least, over=(case, ("unsloth",)))
+    text, over = f"{case} within its memory over Unsloth with its checkpointing", (case, ("unsloth",))
+    return Bar(text, case, ("tunesmith-plan_lean",), at_least=at_least, over=over, no_more_memory=True)
 
 
 BARS = (
@@ -66,7 +68,7 @@ BARS = (
     Bar("8B full fine-tuning with 8-bit Adam over the better of transformers", "8b-full", (OURS,), at_least=1.3,
         over=("8b-full", STOCK)),
     *(Bar(f"{shape} QLoRA kept, within its memory, over Unsloth without checkpointing", f"{shape}-qlora",
-          ("tunesmith-plan_kept",), at_least=1.1, over=(f"{shape}-qlora", ("unsloth-none",)))
+          ("tunesmith-plan_kept",), at_least=1.1, over=(f"{shape}-qlora", ("unsloth-none",)), no_more_memory=True)
       for shape in FAMILIES),
     *(_lean(f"{shape}-qlora", 1.25) for shape in FAMILIES),
     *(_lean(case, 1.3) for case in ("70b-qlora", "70b-qlora-long")),
@@ -112,14 +114,18 @@ def judge(bar: Bar, records: Sequence[Record]) -> tuple[str, str]:
     ours = _fastest(records, bar.case, bar.systems, bar.within_gib)
     if ours is None:
         return "not measured", "none of ours" + (f" within {bar.within_gib} GiB" if bar.within_gib else "")
-    value, how = float(ours[bar.measure]), f"{_name(ours)} {ours[bar.measure]:,}"
+    value, how, lean = float(ours[bar.measure]), f"{_name(ours)} {ours[bar.measure]:,}", True
     if bar.over is not None:
         unit = _fastest(records, *bar.over)
         if unit is None:
             return "not measured", f"{how}; nothing of {', '.join(bar.over[1])} at {bar.over[0]}"
         value /= unit[bar.measure]
         how += f" / {_name(unit)} {unit[bar.measure]:,} = {value:.3f}"
+        if bar.no_more_memory:
+            lean = ours["peak_gib"] <= unit["peak_gib"]
+            how += f", in {ours['peak_gib']} and {unit['peak_gib']} GiB"
     holds = (bar.at_least is None or value >= bar.at_least) and (bar.at_most is None or value <= bar.at_most)
+    holds = holds and lean
     return "holds" if holds else "fails", how
 
 

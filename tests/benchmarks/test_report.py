@@ -103,6 +103,15 @@ def test_only_what_fits_counts_as_lean():
     assert outcome(3, RESULTS[:5]) == ("not measured", "none of ours within 8.06 GiB")
 
 
+@pytest.mark.parametrize(("peak", "said"), [(9.6, "holds"), (9.61, "fails")])
+def test_a_plan_takes_no_more_memory_than_the_peer(peak, said):
+    (bar,) = [bar for bar in BARS if bar.case == "70b-qlora"]
+    records = [row(bar.case, "unsloth", 10_000, 9.6), row(bar.case, "tunesmith-plan_lean", 13_700, peak)]
+
+    figures = f"tunesmith-plan_lean 13,700 / unsloth 10,000 = 1.370, in {peak} and 9.6 GiB"
+    assert judge(bar, records) == (said, figures)
+
+
 def test_a_bar_against_ones_own():
     records = [row("135m-lora", "tunesmith-keep", 100), row("135m-lora-masked", "tunesmith-keep", 125)]
 
