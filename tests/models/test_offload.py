@@ -100,6 +100,7 @@ def test_a_layer_takes_one_buffer_for_all_that_it_moves(monkeypatch):
         for tensor, pulled in zip(tensors, offloader.pull(handle), strict=True):
             assert torch.equal(tensor, pulled)
             assert tensor.dtype == pulled.dtype
+    offloader._memory._settle()
     assert [piece.free for piece in offloader._memory._pieces] == [[(0, size)]] * 6
 
 
