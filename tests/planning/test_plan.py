@@ -10,6 +10,7 @@ from tunesmith.planning import plan as planning
 from tunesmith.planning.bytes import LIBRARIES, fixed_bytes, head_rows, peak_bytes, timeline
 from tunesmith.planning.cards import CARDS
 from tunesmith.planning.facts import ModelFacts, Work
+from tunesmith.planning.fit import pinnable
 from tunesmith.planning.known_models import published_config
 from tunesmith.planning.plan import PARTS, Plan, PlanRequest, make_plan
 from tunesmith.planning.read_facts import read_facts
@@ -59,6 +60,8 @@ def check_alternatives(facts: ModelFacts, request: PlanRequest, plan: Plan) -> N
     """What is said of other settings is what a plan with them says."""
     for other in (*plan.nearest, *plan.alternatives):
         again = replace(request, card=other.summary.card)
+        if "host memory" in other.what:
+            again = replace(again, host_bytes=pinnable(int(other.what.partition(" ")[0]) * GIB))
         for setting in other.settings:
             again = changed(again, setting)
         assert make_plan(facts, again).summary == other.summary
@@ -136,6 +139,18 @@ def test_what_does_not_fit_names_settings_under_which_it_does():
     assert names[0] == "QLoRA instead of LoRA"
     assert plan.nearest[-1].summary.card == "RTX-5090"
     check_alternatives(EIGHT, request, plan)
+
+
+def test_what_lacks_memory_of_the_host_says_how_much_would_do():
+    request = asked("H100-80GB", length=500_000, rows=1, host_bytes=pinnable(125 * GIB))
+    plan = make_plan(EIGHT, request)
+    assert not plan.fits
+    (host,) = [other for other in plan.nearest if "host memory" in other.what]
+    assert host.what == "178 GiB of free host memory"
+    assert host.settings == ()
+    assert host.summary.card == "H100-80GB"
+    check_alternatives(EIGHT, request, plan)
+    assert not make_plan(EIGHT, replace(request, host_bytes=pinnable(165 * GIB))).fits
 
 
 def test_fixed_settings_that_are_in_the_way_are_left_to_the_plan_first():

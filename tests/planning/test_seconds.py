@@ -118,8 +118,8 @@ def error(row: Row) -> float:
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=str)
-def test_a_measured_step_is_foreseen_within_six_per_cent(row):
-    assert abs(error(row)) < 0.06
+def test_a_measured_step_is_foreseen_within_five_per_cent(row):
+    assert abs(error(row)) < 0.05
 
 
 def test_errors_are_small_on_average_and_lean_to_no_side():

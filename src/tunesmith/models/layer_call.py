@@ -163,7 +163,8 @@ class LayerCall:
 
         Only a policy that keeps what a pass gives keeps it: `keep_all`, with the gated activation.
         """
-        return self.norms.behind_attention is not None and "act" not in self.policy.keep
+        behind = self.norms.behind_attention is not None and not self.shape.parallel
+        return behind and "act" not in self.policy.keep
 
     def keeps(self, name: str) -> bool:
         """Whether a large tensor lies between the passes, on the device or the host."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tunesmith.planning.facts import LayerFacts, Work
+from tunesmith.planning.layer_bytes import streams_again
 from tunesmith.planning.layer_sizes import Sizes
 from tunesmith.planning.policies import Held
 
@@ -317,7 +318,7 @@ class LayerAmounts:
             found += self.attention()
         if "middle" not in kept and not layer.parallel:
             found += self.middle(again=True)
-        elif layer.norms[1] and "act" not in kept:
+        elif streams_again(layer, held):
             found += self._pass(3 * self.rows * layer.hidden)
         if "gate_up" not in kept:
             found += self.gate_up(again=True)

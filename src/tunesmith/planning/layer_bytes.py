@@ -36,7 +36,8 @@ SMALL: Mapping[str, str | None] = {
 
 def streams_again(layer: LayerFacts, held: Held) -> bool:
     """Whether the stream after attention is made again from what the norm behind attention reads."""
-    return layer.norms[1] and "middle" in held.keep and "act" not in held.keep
+    behind = layer.norms[1] and not layer.parallel
+    return behind and "middle" in held.keep and "act" not in held.keep
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, groupby, islice
-from typing import Any
+from itertools import groupby, islice
 
 from tunesmith.planning.bytes import LIBRARIES, Moment, fixed_bytes, head_rows
-from tunesmith.planning.cards import CARDS, Card
-from tunesmith.planning.facts import ModelFacts, Work, embedding_stays
-from tunesmith.planning.fit import ROUNDING
-from tunesmith.planning.request import BFLOAT16, settled
+from tunesmith.planning.cards import CARDS
+from tunesmith.planning.changes import (
+    Change,
+    larger_cards,
+    left_to_the_plan,
+    lora_instead,
+    lower_ranks,
+    moments_in_8_bits,
+    shorter_rows,
+    weights_otherwise,
+)
+from tunesmith.planning.facts import ModelFacts, embedding_stays
+from tunesmith.planning.fit import USABLE_HOST, pinnable
 from tunesmith.planning.request import PlanRequest as PlanRequest
+from tunesmith.planning.request import settled
 from tunesmith.planning.solver import Solution, solve
 
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "head", "workspace", "reserve")
@@ -198,32 +207,15 @@ def _parts(solution: Solution, moments: Sequence[Moment]) -> dict[str, int]:
 # ---------------------------------------------------------------- other choices
 
 
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """Settings that could be others.
+def _alternative(change: Change, facts: ModelFacts, before: PlanRequest) -> Alternative:
+    """What becomes of the run by a change.
 
-    Attributes:
-        what: in words; settings: as they are written.
-        request: with them.
+    Args:
+        before: the settled request without the change.
     """
-
-    what: str
-    settings: tuple[str, ...]
-    request: PlanRequest
-
-    def alternative(self, facts: ModelFacts, before: PlanRequest) -> Alternative:
-        """What becomes of the run.
-
-        Args:
-            before: the settled request without the change.
-        """
-        request = settled(facts, self.request)
-        what = self.what + _held_otherwise(request, before)
-        return Alternative(what, self.settings, _without_others(facts, request).summary)
-
-    def then(self, other: _Change) -> _Change:
-        """Both; `other` was made of the request of this one."""
-        return _Change(f"{self.what}, and {other.what}", (*self.settings, *other.settings), other.request)
+    request = settled(facts, change.request)
+    what = change.what + _held_otherwise(request, before)
+    return Alternative(what, change.settings, _without_others(facts, request).summary)
 
 
 def _held_otherwise(request: PlanRequest, before: PlanRequest) -> str:
@@ -237,19 +229,17 @@ def _held_otherwise(request: PlanRequest, before: PlanRequest) -> str:
 
 MOST_NEAREST = 4
 """Changes that are named where a run does not fit."""
-_SHORTEST, _LOWEST = 512, 8
-"""Tokens of a row and a rank below which no advice goes."""
 
 
 def _alternatives(facts: ModelFacts, request: PlanRequest) -> Iterator[Alternative]:
     """What a larger card, weights held otherwise and shorter rows change."""
     here = CARDS[request.card]
-    faster = (change for change in _larger_cards(request) if CARDS[change.request.card].tensor >= here.tensor)
-    changes = [*islice(faster, 1), *_weights(facts, request), *islice(_shorter(request), 1)]
+    faster = (change for change in larger_cards(request) if CARDS[change.request.card].tensor >= here.tensor)
+    changes = [*islice(faster, 1), *weights_otherwise(facts, request), *islice(shorter_rows(request), 1)]
     if request.work.full:
-        changes += [*_optimizer(request), *_adapter(request)]
+        changes += [*moments_in_8_bits(request), *lora_instead(request)]
     for change in changes:
-        yield change.alternative(facts, request)
+        yield _alternative(change, facts, request)
 
 
 def _nearest(facts: ModelFacts, request: PlanRequest) -> list[Alternative]:
@@ -261,16 +251,20 @@ def _nearest(facts: ModelFacts, request: PlanRequest) -> list[Alternative]:
             found = list(_that_fit(facts, request, second))
             if found:
                 break
-    cards = _that_fit(facts, request, [list(_larger_cards(request))])
-    return [*found[:MOST_NEAREST], *cards]
+    machines = _that_fit(
+        facts, request, [list(_more_of_the_host(facts, request)), list(larger_cards(request))]
+    )
+    return [*found[:MOST_NEAREST], *machines]
 
 
 def _that_fit(
-    facts: ModelFacts, request: PlanRequest, families: Iterable[Sequence[_Change]]
+    facts: ModelFacts, request: PlanRequest, families: Iterable[Sequence[Change]]
 ) -> Iterator[Alternative]:
     """The first change of each family under which the run fits."""
     for changes in families:
-        tried = (change.alternative(facts, request) for change in changes if _may_fit(facts, change.request))
+        tried = (
+            _alternative(change, facts, request) for change in changes if _may_fit(facts, change.request)
+        )
         fitting = next((one for one in tried if one.summary.fits), None)
         if fitting is not None:
             yield fitting
@@ -285,105 +279,46 @@ def _may_fit(facts: ModelFacts, request: PlanRequest) -> bool:
     return standing <= request.budget_of(CARDS[request.card].memory_bytes)
 
 
-def _smaller(facts: ModelFacts, request: PlanRequest) -> list[list[_Change]]:
+def _smaller(facts: ModelFacts, request: PlanRequest) -> list[list[Change]]:
     """Changes that make a run smaller, families of one kind from the least to the most; those kinds first that leave
     what is learned as it is."""
     families = [
-        list(_left_to_the_plan(request)),
-        [*(moments := list(_optimizer(request))), *_also_in_bfloat16(facts, moments)],
-        list(_weights(facts, request)) if request.work.quantize == "none" else [],
-        list(_adapter(request)) if request.work.full else [],
-        list(_shorter(request)),
-        list(_lower_rank(request)),
+        list(left_to_the_plan(request)),
+        [*(moments := list(moments_in_8_bits(request))), *_also_in_bfloat16(facts, moments)],
+        list(weights_otherwise(facts, request)) if request.work.quantize == "none" else [],
+        list(lora_instead(request)) if request.work.full else [],
+        list(shorter_rows(request)),
+        list(lower_ranks(request)),
     ]
     return [changes for changes in families if changes]
 
 
-def _also_in_bfloat16(facts: ModelFacts, changes: Sequence[_Change]) -> Iterator[_Change]:
+def _also_in_bfloat16(facts: ModelFacts, changes: Sequence[Change]) -> Iterator[Change]:
     """The changes, with weights that train in bfloat16 besides."""
     for change in changes:
         if change.request.work.full:
-            yield from (change.then(other) for other in _weights(facts, change.request))
+            yield from (change.then(other) for other in weights_otherwise(facts, change.request))
 
 
-def _left_to_the_plan(request: PlanRequest) -> Iterator[_Change]:
-    """What is fixed of the layout, each by itself, then several together."""
-    fixed: list[tuple[str, str, dict[str, Any]]] = []
-    if request.policy != "auto":
-        fixed.append(("policies", "memory.policy=auto", {"policy": "auto"}))
-    if request.micro_batch is not None and request.micro_batch > 1:
-        fixed.append(("micro-batch", "train.micro_batch=auto", {"micro_batch": None}))
-    if request.embedding == "device":
-        fixed.append(("embedding", "memory.embedding=auto", {"embedding": "auto"}))
-    for count in range(1, len(fixed) + 1):
-        for some in combinations(fixed, count):
-            names, settings, values = zip(*some, strict=True)
-            changed = {name: value for one in values for name, value in one.items()}
-            what = f"{' and '.join(names)} left to the plan"
-            yield _Change(what, settings, replace(request, **changed))
-
-
-def _of_work(what: str, settings: tuple[str, ...], request: PlanRequest, work: Work) -> _Change:
-    return _Change(what, settings, replace(request, work=work))
-
-
-def _optimizer(request: PlanRequest) -> Iterator[_Change]:
-    """Moments in 8 bits."""
-    if request.work.optimizer == "adamw":
-        work = replace(request.work, optimizer="adamw_8bit")
-        yield _of_work("8-bit moments", ("train.optimizer=adamw_8bit",), request, work)
-
-
-def _weights(facts: ModelFacts, request: PlanRequest) -> Iterator[_Change]:
-    """The base in 4 bits, or in 16 where it is in 4; weights that train in 16 bits."""
-    request = settled(facts, request)
-    work, card = request.work, CARDS[request.card]
-    if work.full:
-        rounds = work.optimizer in ROUNDING and card.capability >= BFLOAT16
-        if work.trained_itemsize == 4 and work.itemsize == 2 and rounds:
-            rounded = replace(request, work=replace(work, trained_itemsize=2), trained_in="bfloat16")
-            yield _Change("weights in bfloat16", ("model.dtype=bfloat16",), rounded)
-    elif work.quantize == "nf4":
-        larger = replace(work, quantize="none")
-        yield _of_work("LoRA instead of QLoRA", ("model.quantize=none",), request, larger)
-    elif work.quantize == "none" and not facts.unfused:
-        smaller = replace(work, quantize="nf4")
-        yield _of_work("QLoRA instead of LoRA", ("model.quantize=nf4",), request, smaller)
-
-
-def _adapter(request: PlanRequest) -> Iterator[_Change]:
-    """LoRA in place of full fine-tuning."""
-    work = replace(request.work, rank=16, adapted=("qkv", "output", "gate_up", "down"), trained_itemsize=4)
-    yield _of_work("LoRA instead of all weights", ("adapter.kind=lora",), request, work)
-
-
-def _shorter(request: PlanRequest) -> Iterator[_Change]:
-    """Rows of half the length, of a quarter, and so on."""
-    times = 2
-    while (length := request.work.tokens // times) >= _SHORTEST:
-        what = "rows of half the length" if times == 2 else f"rows of {length:,} tokens"
-        yield _Change(what, (f"train.sequence_length={length}",), request.of_length(length))
-        times *= 2
-
-
-def _lower_rank(request: PlanRequest) -> Iterator[_Change]:
-    """An adapter of half the rank, of a quarter, and so on."""
-    rank = request.work.rank
-    while (rank := rank // 2) >= _LOWEST:
-        yield _of_work(f"rank {rank}", (f"adapter.rank={rank}",), request, replace(request.work, rank=rank))
-
-
-def _larger_cards(request: PlanRequest) -> Iterator[_Change]:
-    """Cards with more memory, the smallest first; of those that are sold with the same only the fastest."""
-    here = CARDS[request.card]
-    if request.budget > 1:  # so many bytes are so many on any card
+def _more_of_the_host(facts: ModelFacts, request: PlanRequest) -> Iterator[Change]:
+    """A machine with as much memory as some layout needs that fits, where there is less."""
+    if request.host_bytes is None or facts.unfused:
         return
 
-    def order(card: Card) -> tuple[int, float]:
-        return card.gb, -card.tensor
+    def planned(host_bytes: int | None, policy: str) -> Plan:
+        return _without_others(facts, replace(request, host_bytes=host_bytes, policy=policy))
 
-    found = here.gb
-    for card in sorted(CARDS.values(), key=order):
-        if card.gb > found:
-            found = card.gb
-            yield _Change(card.name, (), replace(request, card=card.name))
+    lean = planned(None, "offload")
+    if lean.fits and lean.host_bytes > request.host_bytes:
+        enough = _least(lambda host: planned(host, request.policy).fits, request.host_bytes, lean.host_bytes)
+        gigabytes = -(-int(enough / USABLE_HOST) // 2**30)
+        more = replace(request, host_bytes=pinnable(gigabytes * 2**30))
+        yield Change(f"{gigabytes} GiB of free host memory", (), more)
+
+
+def _least(fits: Callable[[int], bool], less: int, most: int) -> int:
+    """The least bytes that fit, up to a sixteenth of what lies between `less`, which do not, and `most`, which do."""
+    for _ in range(4):
+        middle = (less + most) // 2
+        less, most = (less, middle) if fits(middle) else (middle, most)
+    return most
