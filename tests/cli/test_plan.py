@@ -573,7 +573,7 @@ def test_the_card_of_this_machine_is_taken_where_there_is_one(asked, run_file, c
     assert asked[-1][1].host_bytes == 5 * GIB
     code, text = printed(capsys, run_file, "--host-memory", "plenty")
     assert code == 2
-    assert "--host-memory 'plenty' is no size.\nWrite one such as 64GiB." in text
+    assert "--host-memory 'plenty' is no size.\nWrite one such as 64GiB, in MiB, GiB, TiB or GB." in text
 
 
 def test_a_card_that_is_not_in_the_table_is_a_sentence(run_file, capsys, monkeypatch):

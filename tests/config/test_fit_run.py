@@ -395,9 +395,9 @@ def test_a_budget_is_a_share_or_an_amount(written, asked):
     assert share_or_bytes(settings(memory={"budget": written}).memory.budget) == asked
 
 
-@pytest.mark.parametrize("written", [0, 1.5, -1, "24", "half", "0 GiB", "24 gb"])
+@pytest.mark.parametrize("written", [0, 1.5, 24, -1, "24", "half", "0 GiB", "24 gb"])
 def test_another_budget_is_refused(written):
-    with pytest.raises(ConfigError, match=r"memory\.budget"):
+    with pytest.raises(ConfigError, match=r"memory\.budget is .*; expected .* or a size such as '24 GiB'"):
         settings(memory={"budget": written})
 
 

@@ -81,7 +81,10 @@ def plan_and_print(
 def _free(host_memory: str) -> int:
     size = bytes_of(host_memory)
     if size is None:
-        raise UserError(f"--host-memory {host_memory!r} is no size.", hint="Write one such as 64GiB.")
+        raise UserError(
+            f"--host-memory {host_memory!r} is no size.",
+            hint="Write one such as 64GiB, in MiB, GiB, TiB or GB.",
+        )
     return size
 
 

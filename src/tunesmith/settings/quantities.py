@@ -9,8 +9,8 @@ from pydantic import AfterValidator, Field, WithJsonSchema
 
 _TOKENS = re.compile(r"^\s*(\d[\d_]*)\s*tokens\s*$")
 _TIME = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(second|minute|hour)s?\s*$")
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(MiB|GiB|GB)\s*$")
-_BYTES = {"MiB": 2**20, "GiB": 2**30, "GB": 10**9}
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(MiB|GiB|TiB|GB)\s*$")
+_BYTES = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "GB": 10**9}
 _SECONDS = {"second": 1.0, "minute": 60.0, "hour": 3600.0}
 
 
@@ -41,6 +41,12 @@ def _check_size(value: str) -> str:
     return value
 
 
+def _check_share(value: float) -> float:
+    if not 0 < value <= 1:
+        raise ValueError("expected a share above 0 and of at most 1, or a size such as '24 GiB'")
+    return value
+
+
 Count = Annotated[int, Field(ge=1)]
 """A number of steps or rows."""
 
@@ -55,8 +61,12 @@ Time = Annotated[
 """A time such as `30 minutes`."""
 
 
-Share = Annotated[float, Field(gt=0, le=1)]
-"""A part of a whole, 1 for all of it."""
+Share = Annotated[
+    float,
+    AfterValidator(_check_share),
+    WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 1}),
+]
+"""A part of the memory there is, 1 for all of it."""
 
 Size = Annotated[
     str, AfterValidator(_check_size), WithJsonSchema({"type": "string", "pattern": _SIZE.pattern})
