@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,17 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------- loading
+
+
+def test_an_adapter_names_the_folder_of_its_base_from_everywhere(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_model_dir.parent)
+    adapted(Path(tiny_model_dir.name)).save_pretrained(tmp_path / "adapter")
+    named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(tiny_model_dir.resolve())
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(load(Path("adapter"))[0], PeftModel)
 
 
 def test_a_model_of_transformers_and_its_tokenizer(tiny_model_dir: Path) -> None:

@@ -429,6 +429,7 @@ def test_weights_that_were_published_quantised_are_said_to_be_counted_in_16_bits
     )
     assert "published in" not in text
     assert asked[-1][1].work.quantize == "nf4"
+    assert [request.published_quantized for _, request in asked] == [False, True]
 
 
 # ---------------------------------------------------------------------- where the config is from

@@ -74,3 +74,9 @@ def test_every_entry_can_be_read_and_is_fused_unless_it_has_experts(name):
 def test_names_are_found_as_the_hub_finds_them():
     assert published_config("qwen/qwen3-8b") == MODELS["Qwen/Qwen3-8B"]
     assert published_config("Qwen/Qwen3-8C") is None
+
+
+def test_a_copy_has_the_sizes_of_its_model():
+    assert published_config("unsloth/Qwen3-8B") == published_config("Qwen/Qwen3-8B") is not None
+    assert published_config("unsloth/Meta-Llama-3.1-8B-Instruct") is not None
+    assert published_config("unsloth/Qwen3-8B-bnb-4bit") is None, "its weights are held otherwise"

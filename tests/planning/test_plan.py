@@ -128,6 +128,11 @@ def test_what_fits_names_the_next_card_the_other_weights_and_half_the_length():
     check_alternatives(EIGHT, request, plan)
 
 
+def test_weights_that_were_published_in_4_bits_are_not_said_to_be_otherwise():
+    names = [other.what for other in make_plan(EIGHT, asked(published_quantized=True)).alternatives]
+    assert names == ["GH200", "rows of half the length"]
+
+
 def test_what_does_not_fit_names_settings_under_which_it_does():
     request = asked("RTX-3090", work={}, length=16_384, budget=0.75, host_bytes=0)
     plan = make_plan(EIGHT, request)

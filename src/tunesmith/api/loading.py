@@ -212,8 +212,11 @@ def _device(device_map: Any) -> torch.device:
 
 
 def _unpacked(name: str) -> str:
-    """A GGUF file as a folder of safetensors, converted once; any other name as it is."""
+    """A GGUF file as a folder of safetensors, converted once; a folder by its whole path, which an adapter's file
+    then names from wherever it is read; any other name as it is."""
     path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
     if path.suffix != ".gguf" or not path.is_file():
         return name
     stat = path.stat()

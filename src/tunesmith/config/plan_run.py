@@ -66,6 +66,7 @@ def plan_run(
     facts = replace(facts, unfused=facts.unfused or _unfused(settings, quantize))
     adapted = adapted_groups(settings.adapter, facts)
     request = make_request(settings, facts, card, adapted, quantize=quantize, host_bytes=host_bytes)
+    request = replace(request, published_quantized=_held_as(found) != "none")
     if request.embedding == "host" and (reason := embedding_stays(facts, request.work)):
         raise embedding_error(reason)
     return PlannedRun(

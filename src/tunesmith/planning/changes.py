@@ -71,6 +71,8 @@ def weights_otherwise(facts: ModelFacts, request: PlanRequest) -> Iterator[Chang
         if work.trained_itemsize == 4 and work.itemsize == 2 and rounds:
             rounded = replace(request, work=replace(work, trained_itemsize=2), trained_in="bfloat16")
             yield Change("weights in bfloat16", ("model.dtype=bfloat16",), rounded)
+    elif request.published_quantized:
+        return
     elif work.quantize == "nf4":
         larger = replace(work, quantize="none")
         yield _of_work("LoRA instead of QLoRA", ("model.quantize=none",), request, larger)

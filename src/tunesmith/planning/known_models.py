@@ -346,8 +346,11 @@ MODELS: dict[str, Config] = {
 """By hub id."""
 
 _BY_LOWER = {name.lower(): config for name, config in MODELS.items()}
+_COPIES = {f"unsloth/{name.partition('/')[2]}": config for name, config in _BY_LOWER.items()}
+"""Copies of public models in 16 bits, under the model's own name."""
 
 
 def published_config(name: str) -> Config | None:
-    """The sizes of a public model by its hub id, which the hub reads without regard to case; None for others."""
-    return _BY_LOWER.get(name.lower())
+    """The sizes of a public model or of its copy by Unsloth by its hub id, which the hub reads without regard to case;
+    None for others."""
+    return _BY_LOWER.get(name.lower()) or _COPIES.get(name.lower())

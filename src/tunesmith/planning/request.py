@@ -34,6 +34,7 @@ class PlanRequest:
         embedding: where the input embedding lies: `device`, `host`, or `auto` for what is faster.
         budget: share of the card's memory that may be used (at most 1), or bytes.
         host_bytes: memory of the host that may be pinned, None where it is not known.
+        published_quantized: whether the checkpoint is, so that its weights cannot be held otherwise.
     """
 
     card: str
@@ -48,6 +49,7 @@ class PlanRequest:
     embedding: str = "auto"
     budget: float = 0.92
     host_bytes: int | None = None
+    published_quantized: bool = False
 
     def work_of(self, rows: int) -> Work:
         """The work of a micro-batch of so many rows."""
