@@ -351,6 +351,6 @@ _COPIES = {f"unsloth/{name.partition('/')[2]}": config for name, config in _BY_L
 
 
 def published_config(name: str) -> Config | None:
-    """The sizes of a public model or of its copy by Unsloth by its hub id, which the hub reads without regard to case;
-    None for others."""
+    """The sizes of a public model, or of Unsloth's copy of one, by its hub id, which the hub reads without regard to
+    case; None for others."""
     return _BY_LOWER.get(name.lower()) or _COPIES.get(name.lower())
