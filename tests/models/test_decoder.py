@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.support.documents import random_corpus
+from tests.support.four_bits import in_nf4
 from tests.support.tiny import tiny_llama
 from tunesmith.data.batches import collate
 from tunesmith.models.adapter import add_lora
@@ -404,22 +405,7 @@ def test_a_tiny_adapter_changes_the_output_by_its_exact_effect(size):
 
 
 def test_qlora_layers_equal_the_stock_4bit_layers():
-    import bitsandbytes as bnb
-
-    base = tiny_llama(hidden_size=64, intermediate_size=128)
-    for parent in list(base.model.layers.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, torch.nn.Linear):
-                held = bnb.nn.Linear4bit(
-                    child.in_features, child.out_features, bias=False, compute_dtype=torch.float32,
-                    quant_type="nf4", compress_statistics=True,
-                )  # fmt: skip
-                held.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4").to(
-                    "cpu"
-                )
-                held.support_avx512bf16_for_cpu = False
-                setattr(parent, name, held)
-    base.requires_grad_(False)
+    base = in_nf4(tiny_llama(hidden_size=64, intermediate_size=128))
     model = add_lora(base, rank=3, alpha=6.0, dropout=0.0, targets="all-linear", seed=1)
     fill(model)
     for policy in ("keep", "recompute"):

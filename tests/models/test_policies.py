@@ -149,10 +149,10 @@ def test_backward_is_left_what_it_does_not_come_by_again(policy, monkeypatch):
     small = {"u_output", "u_down", "behind1"}
     small |= {"before0", "u_qkv"} if "qkv" in keep else set()
     small |= {"before1", "u_gate_up"} if "gate_up" in keep else set()
-    small |= {"behind0"} if policy == "keep_all" else set()  # comes with the stream after attention
-    stream = {"middle"} if policy == "keep_all" else set()
+    small |= {"behind0"} if "act" in keep else set()  # comes with the stream after attention
+    stream = {"middle"} if "act" in keep else set()
     large = {"qkv": {"qkv"}, "attention": {"output"}, "middle": {"branch0", "branch1"} | stream}
-    large |= {"gate_up": {"gate_up"}, "act": {"act"}, "input": {"input"}}
+    large |= {"gate_up": {"gate_up"}, "act": {"act"}, "input": {"input"}, "weights": set()}
     moves = set().union(*(large[stage] for stage in offload))
     stays = set().union(*(large[stage] for stage in (*keep, "input") if stage not in offload)) | small
     if policy == "offload":
@@ -204,4 +204,4 @@ def test_a_row_says_nothing_that_cannot_be():
     for keep, offload in (({"act"}, set()), (set(), {"qkv"}), ({"norm"}, set())):
         with pytest.raises(AssertionError):
             Policy("wrong", frozenset(keep), frozenset(offload))
-    assert all(policy.keep <= set(STAGES) for policy in POLICIES.values())
+    assert all(policy.keep <= {*STAGES, "weights"} for policy in POLICIES.values())

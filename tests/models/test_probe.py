@@ -13,7 +13,7 @@ from tunesmith.models.adapter import add_lora, train_all
 from tunesmith.models.attention import packed_attention
 from tunesmith.models.head import CausalModel
 from tunesmith.models.install import install
-from tunesmith.models.policy import POLICIES
+from tunesmith.models.policy import OF_TOKENS, POLICIES
 from tunesmith.models.probe import fixed_bytes, policy_costs, probe_batch, saved_bytes_per_token
 from tunesmith.planning.fit import STATE_BYTES, PolicyCost
 from tunesmith.training.optim import OPTIMIZERS
@@ -117,7 +117,7 @@ def adapted(**changes: Any) -> Any:
 
 
 def test_every_policy_of_fused_layers_has_a_cost_in_their_order() -> None:
-    assert list(costs_of(adapted(num_hidden_layers=LAYERS))) == list(POLICIES)
+    assert list(costs_of(adapted(num_hidden_layers=LAYERS))) == list(OF_TOKENS)
 
 
 def test_fused_layers_take_what_their_stages_take() -> None:
@@ -166,8 +166,8 @@ def test_weights_that_train_cost_no_token_anything() -> None:
     """What full fine-tuning takes is what an adapter's takes without its rank-wide products."""
     full = costs_of(whole(num_hidden_layers=LAYERS))
     adapter = costs_of(adapted(num_hidden_layers=LAYERS))
-    assert list(full) == list(POLICIES)
-    less = {name: adapter[name].device_bytes - full[name].device_bytes for name in POLICIES}
+    assert list(full) == list(OF_TOKENS)
+    less = {name: adapter[name].device_bytes - full[name].device_bytes for name in OF_TOKENS}
     # float32; rank 2 of seven projections; embeddings that train keep the tokens' ids
     kept = LAYERS * 4 * 2 * 7 - 8
     # a layer of those in which backward comes by them again
@@ -259,7 +259,7 @@ def test_on_the_gpu_the_costs_foresee_the_peak() -> None:
     with packed_attention(causal.base, "varlen"):
         found = policy_costs(causal, torch.autocast("cuda", torch.bfloat16), installed)
         costs = {cost.name: cost for cost in found}
-        for name in POLICIES:
+        for name in OF_TOKENS:
             installed.set_policy(name)
             for _ in range(2):  # the first pass fills the pool of host buffers
                 torch.cuda.reset_peak_memory_stats()
@@ -270,7 +270,7 @@ def test_on_the_gpu_the_costs_foresee_the_peak() -> None:
                 torch.cuda.synchronize()
             peaks[name] = torch.cuda.max_memory_allocated()
             foreseen[name] = costs[name].device_bytes * tokens
-    for name in POLICIES:
+    for name in OF_TOKENS:
         saved, expected = peaks["keep"] - peaks[name], foreseen["keep"] - foreseen[name]
         # two layers' worth: when the peak comes in backward differs by policy
         assert saved == pytest.approx(expected, abs=2 * foreseen["keep"] / layers), name

@@ -117,17 +117,29 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
         yield Run(live, installed, layer, work, hidden, keywords)
 
 
+def cleared(run: Run) -> int:
+    """Bytes that are there between steps, without gradients of an earlier one."""
+    run.installed.layers[0].zero_grad(set_to_none=True)
+    run.hidden.grad = None
+    gc.collect()
+    run.live.peak = run.live.now
+    return run.live.now
+
+
+def output_of(run: Run) -> torch.Tensor:
+    """What the first layer makes of the hidden states."""
+    out = run.installed.layers[0](run.hidden, **run.keywords)
+    return out[0] if isinstance(out, tuple) else out
+
+
 def seen(run: Run, policy: str) -> tuple[int, int, int]:
     """Bytes of a layer as the decoder allocates them: the most forward, kept, the most backward."""
     live = run.live
     run.installed.set_policy(policy)
-    module = run.installed.layers[0]
-    module.zero_grad(set_to_none=True)
-    run.hidden.grad = None
-    gc.collect()
-    live.peak = base = live.now
-    out = module(run.hidden, **run.keywords)
-    out = out[0] if isinstance(out, tuple) else out
+    if policy == policies.UNPACKED:  # from its first pass on its weights are there
+        output_of(run)
+    base = cleared(run)
+    out = output_of(run)
     forward = live.peak - base
     own, given = out.untyped_storage().nbytes(), run.hidden.untyped_storage().nbytes()
     kept = live.now - base - own + given
@@ -151,6 +163,18 @@ def test_the_tape_is_the_decoder(run: Run) -> None:
         if off[0] or off[1] > allowed[0] or off[2] > allowed[1]:
             wrong[policy] = off
     assert not wrong
+
+
+def test_weights_that_a_layer_holds_are_as_large_as_foreseen(run: Run) -> None:
+    run.installed.set_policy("keep_all")
+    before = cleared(run)
+    run.installed.set_policy(policies.UNPACKED)
+    output_of(run)
+    held = layer_bytes(run.layer, run.work, policies.UNPACKED).unpacked
+    assert cleared(run) - before == held
+    assert (held > 0) == (run.work.quantize == "nf4")
+    run.installed.set_policy("keep_all")
+    assert cleared(run) == before
 
 
 def test_the_tape_in_tiles_is_the_decoder_in_tiles(run: Run) -> None:

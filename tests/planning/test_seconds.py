@@ -163,7 +163,7 @@ def test_operations_are_those_of_the_roofline(shape, full):
     for layer in model.layers:
         counted = LayerAmounts(layer, work, work.tokens)
         held = HELD["keep"]
-        operations += (counted.forward() + counted.backward(held)).products
+        operations += (counted.forward(held) + counted.backward(held)).products
         operations += 14 * layer.q_columns * pairs(work.documents, layer.window)
     wanted = step_flops(SHAPES[shape], MIXED, 100, 0, full=full)
     assert operations == pytest.approx(wanted, rel=1e-12)
@@ -189,7 +189,7 @@ def test_pairs_of_a_window():
 
 
 def passes(counted: LayerAmounts, held: Held) -> dict[str, Amount]:
-    return {"forward": counted.forward(), "backward": counted.backward(held)}
+    return {"forward": counted.forward(held), "backward": counted.backward(held)}
 
 
 def test_four_bits_are_unpacked_once_forward_and_once_backward_whatever_is_recomputed():
@@ -203,7 +203,8 @@ def test_four_bits_are_unpacked_once_forward_and_once_backward_whatever_is_recom
             # in 16 bits the adapters' sums wait in float32 instead, a stream's half for each product onto the stream
             onto = 2 if direction == "forward" else "middle" not in held.keep
             unpacked = packed.moved - without.moved + onto * tokens * layer.hidden * 2
-            assert unpacked == pytest.approx(layer.matrix_parameters * (0.5 + 1 / 64 + 2))
+            once = 0 if "weights" in held.keep else layer.matrix_parameters * (0.5 + 1 / 64 + 2)
+            assert unpacked == pytest.approx(once, abs=1)
 
 
 def test_policies_are_those_of_the_models():
@@ -215,11 +216,11 @@ def test_policies_are_those_of_the_models():
 @pytest.mark.parametrize("shape", ["8b", "gemma2-9b"])
 def test_what_keeps_more_is_faster(shape):
     model = facts(shape)
-    order = ("keep_all", "keep", "recompute_gate_up", "recompute_projections", "recompute")
+    order = ("keep_unpacked", "keep_all", "keep", "recompute_gate_up", "recompute")
     times = [layer_seconds(model.layers[0], QLORA, policy, H100).total for policy in order]
-    assert all(richer < leaner for richer, leaner in pairwise(times[:3]))
-    assert times[2] < times[4]
-    assert times[3] < times[4]
+    assert all(richer < leaner for richer, leaner in pairwise(times))
+    projections = layer_seconds(model.layers[0], QLORA, "recompute_projections", H100).total
+    assert projections < times[-1]
 
 
 def test_a_norm_behind_the_mlp_has_its_block_computed_again():

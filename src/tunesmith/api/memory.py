@@ -22,7 +22,7 @@ from tunesmith.api.facts import base_of
 from tunesmith.contracts.errors import UserError
 from tunesmith.models.attach import Attached, attach
 from tunesmith.models.head import CausalModel
-from tunesmith.models.policy import POLICIES
+from tunesmith.models.policy import OF_TOKENS, POLICIES
 from tunesmith.models.probe import fixed_bytes, policy_costs
 from tunesmith.planning.fit import fit_micro_batch
 from tunesmith.planning.host import free_host_memory
@@ -31,7 +31,7 @@ CHECKPOINTING: dict[bool | str, tuple[str, ...]] = {
     "unsloth": ("offload_attention", "offload", "recompute"),
     True: ("recompute",),
     False: ("keep",),
-    "auto": tuple(POLICIES),
+    "auto": OF_TOKENS,
 }
 """A value of `use_gradient_checkpointing`, and the rows of `POLICIES` that it leaves, fastest first."""
 

@@ -20,6 +20,7 @@ from tunesmith.planning.plan import PARTS, Plan
 
 COLORS = {
     "weights": "#4f6d94",
+    "unpacked": "#a9bdd4",
     "adapter": "#86a5c9",
     "optimizer": "#dd9a2c",
     "gradients": "#b3541e",

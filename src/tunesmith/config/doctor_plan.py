@@ -148,7 +148,7 @@ def fused_backend(device: torch.device, dtype: torch.dtype, config: Any = None) 
     import torch
 
     from tunesmith.kernels.attention import Documents, Heads, choose_backend
-    from tunesmith.models.install import heads_of
+    from tunesmith.models.read_layer import heads_of
 
     heads = heads_of(config) if config is not None else Heads(32, 8, 128)
     starts = torch.tensor([0, _TOKENS, 2 * _TOKENS], dtype=torch.int32, device=device)

@@ -115,6 +115,7 @@ def data_lines(run: Run, *, training_only: bool = False) -> list[str]:
 
 
 _KEPT = {
+    "keep_unpacked": "all activations and unpacked weights kept",
     "keep_all": "all activations kept",
     "keep": "activations kept",
     "keep_offload_attention": "gate and up kept, other activations in host memory",

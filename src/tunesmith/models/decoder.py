@@ -73,7 +73,7 @@ def layer_forward(call: LayerCall, hidden_TD: Tensor) -> tuple[Tensor, Stash]:
     """Output of the layer `[T, D]`, of `call.rows` where given, and everything that its backward may want to keep."""
     operands = AllOperands.build(call.groups, hidden_TD.dtype)
     stash = Stash(large={"input": hidden_TD}, operands=operands)
-    weights = Weights(call.groups, hidden_TD.dtype, again=False)
+    weights = Weights(call.groups, hidden_TD.dtype, again=False, unpacked=call.unpacked)
     _attend(call, stash, operands, weights)
     middle_TD = _middle(call, stash, operands, weights)
     if not call.shape.parallel:  # else nothing reads it again
@@ -146,7 +146,7 @@ def layer_backward(call: LayerCall, grad_TD: Tensor, stash: Stash) -> tuple[Tens
     """
     dtype = grad_TD.dtype
     operands = stash.operands or AllOperands.build(call.groups, dtype)
-    weights = Weights(call.groups, dtype, again=True)
+    weights = Weights(call.groups, dtype, again=True, unpacked=call.unpacked)
     large = stash.large
     _attend(call, stash, operands, weights)
     if "middle" not in large and not call.shape.parallel:

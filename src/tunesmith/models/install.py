@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.kernels.attention import Documents, Heads, Scores
+from tunesmith.kernels.attention import Documents
 from tunesmith.models.decoder import dropout_seeds, run_layer
 from tunesmith.models.host_embedding import HostEmbedding, move_embedding_to_host
 from tunesmith.models.last_norm import last_norm_forward
@@ -33,8 +33,10 @@ from tunesmith.models.projections import (
     read_projection,
     weight_shape,
 )
+from tunesmith.models.read_layer import check_layer, linear_paths, norm_paths, shape_of
 from tunesmith.models.tiles import TILE_TOKENS
-from tunesmith.planning.architectures import ACTIVATIONS, Architecture, find_architecture
+from tunesmith.models.unpacked import Unpacked
+from tunesmith.planning.architectures import Architecture, find_architecture
 
 
 @dataclass
@@ -65,16 +67,26 @@ class Installed:
     row: Architecture | None = None
     tile_tokens: int | None = TILE_TOKENS
     embedding: HostEmbedding | None = None
+    _unpacked: dict[int, Unpacked] = field(default_factory=dict, repr=False)
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def set_policy(self, name: str) -> None:
         """Use another row of `POLICIES` in all layers from the next forward on."""
-        self.policies = (POLICIES[name],) * len(self.policies)
+        self.set_policies([name] * len(self.policies))
 
     def set_policies(self, names: Sequence[str]) -> None:
         """Use a row of `POLICIES` in each decoder layer, from the first to the last, from the next forward on."""
         assert len(names) == len(self.policies)
         self.policies = tuple(POLICIES[name] for name in names)
+        for number, policy in enumerate(self.policies):
+            if "weights" not in policy.keep:
+                self._unpacked.pop(number, None)
+
+    def unpacked(self, number: int) -> Unpacked | None:
+        """What holds the 4-bit weights of a decoder layer from pass to pass; None where its policy does not."""
+        if "weights" not in self.policies[number].keep:
+            return None
+        return self._unpacked.setdefault(number, Unpacked())
 
     def set_embedding_on_host(self, wanted: bool) -> None:
         """Hold the input embedding in pinned host memory, or on its device again; between steps.
@@ -145,6 +157,7 @@ class Installed:
         """Give the model its stock computation back, and the input embedding its place."""
         while self._undo:
             self._undo.pop()()
+        self._unpacked.clear()
         self.set_embedding_on_host(False)
 
 
@@ -160,8 +173,8 @@ class _FusedForward:
         self._installed = installed
         self._number = number
         # modules are looked up at every call: PEFT replaces a linear layer by a wrapper when an adapter is added
-        self._groups = tuple(tuple(map(attrgetter, names)) for names in _linear_paths(row))
-        self._norms = [path if path is None else attrgetter(path) for path in _norm_paths(row)]
+        self._groups = tuple(tuple(map(attrgetter, names)) for names in linear_paths(row))
+        self._norms = [path if path is None else attrgetter(path) for path in norm_paths(row)]
         self._table_step = 2 if row.paired_tables else 1
 
     def __call__(self, layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -224,6 +237,7 @@ class _FusedForward:
             seeds=dropout_seeds(groups),
             rows=kwargs.get("wanted_rows") if self._number == len(installed.policies) - 1 else None,
             tile_tokens=installed.tile_tokens,
+            unpacked=installed.unpacked(self._number),
         )
         out_TD = run_layer(call, hidden_BTD.reshape(batch * tokens, width))
         # a tensor of its own for autograd: FSDP2 hooks backward onto what a layer returns, and warns of views
@@ -253,64 +267,9 @@ def _documents(kwargs: dict[str, Any], batch: int, tokens: int, device: torch.de
     return Documents((tokens,) * batch, cu_seqlens)
 
 
-def heads_of(config: Any) -> Heads:
-    """Layout of the fused q, k, v buffer of a model with this config."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Heads(config.num_attention_heads, config.num_key_value_heads, size)
-
-
-def _linear_paths(row: Architecture) -> tuple[tuple[str, ...], ...]:
-    """Paths of the projections, by group."""
-    return row.qkv, (row.output,), row.gate_up, (row.down,)
-
-
-def _norm_paths(row: Architecture) -> tuple[str | None, ...]:
-    """Paths of the norms, in the order of `Norms`."""
-    return *row.norms, *(row.qk_norms or (None, None))
-
-
 def _splits_rows(layer: Any) -> bool:
     """Whether the stock attention takes documents from position ids, which only the device knows."""
     return "flash" in (layer.self_attn.config._attn_implementation or "")
-
-
-def _shape_of(config: Any, row: Architecture, layer: Any) -> LayerShape:
-    """A layer's constants, those that differ between layers read from its modules."""
-
-    def constant(path: str | None) -> Any:
-        return None if path is None else attrgetter(path)(layer)
-
-    multiplier = constant(row.residual_multiplier)
-    return LayerShape(
-        heads=heads_of(config),
-        eps=float(getattr(config, row.eps)),
-        activation=ACTIVATIONS[getattr(config, row.activation)],
-        gated=row.gated,
-        norm=row.norm,
-        norm_offset=row.norm_offset,
-        parallel=row.parallel,
-        residual_multiplier=1.0 if multiplier is None else float(multiplier),
-        scores=Scores(float(layer.self_attn.scaling), constant(row.window), constant(row.softcap)),
-        rope=row.rope is None or bool(constant(row.rope)),
-        interleaved=row.interleaved,
-        qk_full=row.qk_full,
-    )
-
-
-def _check_layer(layer: Any, row: Architecture) -> None:
-    """Raise `NotFusableError` for a layer that the fused node does not compute, as it is now."""
-    own = next(
-        kind for kind in type(layer).__mro__ if not kind.__module__.startswith("torch.")
-    )  # FSDP2 wraps classes
-    if not own.__module__.startswith("transformers."):
-        raise NotFusableError(f"its class {own.__name__} is not one of transformers")
-    for name in (name for group in _linear_paths(row) for name in group):
-        try:
-            read_projection(attrgetter(name)(layer))
-        except NotFusableError as error:
-            raise NotFusableError(f"{name}: {error}") from error
-    for name in filter(None, _norm_paths(row)):
-        attrgetter(name)(layer)
 
 
 def _decoder_layers(model: Any) -> Sequence[nn.Module]:
@@ -343,8 +302,8 @@ def install(model: Any, *, policy: str = "keep") -> Installed:
             installed.stock.append((f"layers.{number}", reason))
             continue
         try:
-            _check_layer(layer, row)
-            shape = _shape_of(config, row, layer)
+            check_layer(layer, row)
+            shape = shape_of(config, row, layer)
         except (NotFusableError, AttributeError) as error:
             # another version of transformers may have renamed what a row names: never computed without it
             installed.stock.append((f"layers.{number}", str(error)))

@@ -18,6 +18,7 @@ from tunesmith.kernels.rope import RotaryLayout
 from tunesmith.models.offload import Offloader
 from tunesmith.models.policy import Policy
 from tunesmith.models.projections import Group, Operands, build_operands
+from tunesmith.models.unpacked import Unpacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,7 @@ class LayerCall:
         rows: int64 `[S]`, positions of the row that anything reads from this layer's output; None for all.
         tile_tokens: tokens beyond which the MLP is computed in tiles of at most as many, where gate and up are not
             kept (`tiles`); None for never.
+        unpacked: where 4-bit weights are held from pass to pass; None where each pass unpacks them.
     """
 
     shape: LayerShape
@@ -135,6 +137,7 @@ class LayerCall:
     seeds: tuple[int, int, int, int]
     rows: Tensor | None = None
     tile_tokens: int | None = None
+    unpacked: Unpacked | None = None
 
     @property
     def layout(self) -> RotaryLayout:
@@ -217,10 +220,13 @@ class Weights:
 
     Args:
         again: whether every weight that a recomputation reads is read once more for a gradient, in the same pass.
+        unpacked: what holds 4-bit weights beyond the pass, where something does.
     """
 
-    def __init__(self, groups: Groups, dtype: torch.dtype, *, again: bool) -> None:
-        self._groups, self._dtype, self._again = groups, dtype, again
+    def __init__(
+        self, groups: Groups, dtype: torch.dtype, *, again: bool, unpacked: Unpacked | None = None
+    ) -> None:
+        self._groups, self._dtype, self._again, self._unpacked = groups, dtype, again, unpacked
         self._held: dict[str, Tensor] = {}
         self._shared: tuple[str, ...] = ()
 
@@ -258,9 +264,13 @@ class Weights:
 
     def _read(self, name: str) -> tuple[Group, Tensor]:
         group: Group = getattr(self._groups, name)
-        if name in FOLDS_A:
-            return group, group.weight(self._dtype, below=group.foldable)
-        return group, group.weight(self._dtype, beside=beside(group))
+        room = {
+            "below": group.foldable if name in FOLDS_A else 0,
+            "beside": 0 if name in FOLDS_A else beside(group),
+        }
+        if self._unpacked is not None:
+            return group, self._unpacked.read(name, group, self._dtype, **room)
+        return group, group.weight(self._dtype, **room)
 
 
 FOLDS_A = ("qkv", "gate_up")

@@ -11,15 +11,17 @@
 The norms' results are never kept: backward needs them in products only that it takes from their inputs. What a norm
 behind a block reads is kept with the middle, and where one stands behind attention, it is kept instead of the middle:
 one pass over it makes that again, 0.06 ms of a layer of Gemma 3 12B for 60 MB. The gated activation costs backward
-one more write of it where it is not kept. `keep_all` keeps both. Every policy gives the same numbers; they differ in
-bytes and seconds only. Rank-wide products and statistics of rows are kept or rebuilt with the stage that they fall
-out of (`layer_call.REBUILT_WITH`); where nothing but the input is kept and that travels, what is left of them travels
-with it.
+one more write of it where it is not kept. `keep_all` keeps both; `keep_unpacked` holds the layer's 4-bit weights in
+16 bits as well, for all passes to come. Every policy gives the same numbers; they differ in bytes and seconds only.
+Rank-wide products and statistics of rows are kept or rebuilt with the stage that they fall out of
+(`layer_call.REBUILT_WITH`); where nothing but the input is kept and that travels, what is left of them travels with
+it.
 
 Why these rows. Per layer of the 8B shape at 8,192 tokens in bfloat16, on an H100 whose forward pass of a layer takes
 5 ms and whose host link moves 54 GB/s each way beside it:
 
     what is given up                  MB saved     ms it costs      MB a ms
+    4-bit weights in 16 bits             445        0.4              1,100
     act                                  235        0.2              1,100
     input, qkv, attention, middle        302        0.6 at most        500    travels: 5.6 ms on a link of its own
     gate_up                              470        2.8                170
@@ -53,7 +55,8 @@ class Policy:
 
     Attributes:
         name: as `memory.policy` and reports say it.
-        keep: stages of `STAGES` whose results are held; the others are computed again in backward.
+        keep: stages of `STAGES` whose results are held; the others are computed again in backward. `weights` besides:
+            4-bit weights stay unpacked from the first pass on (`unpacked`).
         offload: of these and the layer's `input`, what lies in pinned host memory in the meantime.
     """
 
@@ -62,7 +65,7 @@ class Policy:
     offload: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        assert self.keep <= set(STAGES)
+        assert self.keep <= {*STAGES, "weights"}
         assert self.offload <= self.keep | _INPUT
         # backward reads the activation beside gate and up only
         assert "act" not in self.keep or "gate_up" in self.keep
@@ -72,3 +75,6 @@ POLICIES: dict[str, Policy] = {name: Policy(name, held.keep, held.moved) for nam
 """Fastest first, on a card whose host link is as fast as that of an H100 and at rows of usual length; the last one is
 for long rows. Of those that move nothing to the host each needs less GPU memory than the one before, and so does each
 of those that do, the last one apart."""
+
+OF_TOKENS = tuple(name for name, policy in POLICIES.items() if "weights" not in policy.keep)
+"""Those that hold nothing but what a pass makes of its tokens, which is what can be measured of a short row."""

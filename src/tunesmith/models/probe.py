@@ -18,7 +18,7 @@ from tunesmith.contracts.batch import TokenBatch
 from tunesmith.models.head import CausalModel
 from tunesmith.models.install import Installed
 from tunesmith.models.offload import Offloader
-from tunesmith.models.policy import POLICIES
+from tunesmith.models.policy import OF_TOKENS, POLICIES
 from tunesmith.planning.fit import PolicyCost, layer_costs, training_bytes
 from tunesmith.planning.policies import IN_FLIGHT
 
@@ -129,9 +129,10 @@ def policy_costs(
     fused = len(installed.fused)
     saved = _saved_under_each(causal, autocast, installed)
     costs = []
-    for policy in POLICIES.values():
+    policies = [POLICIES[name] for name in OF_TOKENS]
+    for policy in policies:
         # what the same policy holds without moving it, of which the rest is on the host
-        held = next(saved[p.name] for p in POLICIES.values() if p.keep == policy.keep and not p.offload)
+        held = next(saved[p.name] for p in policies if p.keep == policy.keep and not p.offload)
         moved = held - saved[policy.name]
         # in backward one layer is whole again; of what travels, the layers under way are on the device as well
         again = (saved["keep_all"] - held) / fused
@@ -148,7 +149,7 @@ def _saved_under_each(
     installed.offloader = Offloader(enabled=False)  # pinned memory for 64 tokens would serve nothing else
     try:
         saved = {}
-        for name in POLICIES:
+        for name in OF_TOKENS:
             installed.set_policy(name)
             saved[name] = saved_bytes_per_token(causal, autocast)
     finally:

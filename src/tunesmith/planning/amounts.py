@@ -223,6 +223,10 @@ class LayerAmounts:
         """The layer's output."""
         return self._onto("down", 3, again=again)
 
+    def _unpacking(self, held: Held) -> Amount:
+        """The weights of a pass, which are there already where the layer holds them."""
+        return NOTHING if "weights" in held.keep else self.weights()
+
     def weights(self) -> Amount:
         """All four groups' weights in the compute type."""
         return total(self._weight(name) for name in self.layer.matrices)
@@ -303,15 +307,15 @@ class LayerAmounts:
 
     # ------------------------------------------------------------------ whole passes
 
-    def forward(self) -> Amount:
+    def forward(self, held: Held) -> Amount:
         """The whole forward pass."""
-        found = self.weights() + self.qkv() + self.attention() + self.middle()
+        found = self._unpacking(held) + self.qkv() + self.attention() + self.middle()
         return found + self.gate_up() + self.act() + self.down()
 
     def backward(self, held: Held) -> Amount:
         """The whole backward pass, with what was not kept computed again."""
         kept, layer = held.keep, self.layer
-        found = self.weights() + self.mlp_backward(act_kept="act" in kept) + self.attention_backward()
+        found = self._unpacking(held) + self.mlp_backward(act_kept="act" in kept) + self.attention_backward()
         if "qkv" not in kept:
             found += self.qkv(again=True)
         if "attention" not in kept:

@@ -195,7 +195,8 @@ def on_device(moved: Sequence[int], embedded: int) -> OnDevice:
 
 
 def timeline(model: ModelFacts, work: Work, policies: Sequence[str]) -> list[Moment]:
-    """The peaks of a step's stretches, in order; weights, adapters and the optimizer are not in them.
+    """The peaks of a step's stretches, in order; weights, adapters and the optimizer are not in them, nor are weights
+    that layers hold unpacked.
 
     Args:
         policies: one of `policies.HELD` for each layer.
@@ -258,12 +259,19 @@ def peak_bytes(model: ModelFacts, work: Work, policies: Sequence[str], *, accumu
     """
     fixed = fixed_bytes(model, work)
     gradients = fixed.gradients
+    weights = fixed.weights + unpacked_bytes(model, work, policies)
     most = max(
         moment.activations + moment.passing + (gradients if accumulates else moment.gradients)
         for moment in timeline(model, work, policies)
     )
     # the update: all gradients, and nothing of the passes
-    return fixed.weights + fixed.adapter + fixed.optimizer + max(most, gradients) + LIBRARIES
+    return weights + fixed.adapter + fixed.optimizer + max(most, gradients) + LIBRARIES
+
+
+def unpacked_bytes(model: ModelFacts, work: Work, policies: Sequence[str]) -> int:
+    """4-bit weights that layers hold unpacked, beside those in 4 bits."""
+    layers = zip(model.layers, policies, strict=True)
+    return sum(layer_bytes(layer, work, policy).unpacked for layer, policy in layers)
 
 
 def host_bytes(model: ModelFacts, work: Work, policies: Sequence[str]) -> int:

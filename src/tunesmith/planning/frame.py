@@ -27,7 +27,7 @@ from tunesmith.planning.cards import Rates
 from tunesmith.planning.facts import LayerFacts, ModelFacts, Work
 from tunesmith.planning.fit import STOCK_POLICIES
 from tunesmith.planning.layer_bytes import LayerBytes, layer_bytes
-from tunesmith.planning.policies import HELD, IN_FLIGHT
+from tunesmith.planning.policies import HELD, IN_FLIGHT, UNPACKED
 from tunesmith.planning.request import PlanRequest
 from tunesmith.planning.seconds import (
     FEW,
@@ -57,17 +57,20 @@ class Way:
     """A kind of layer under one policy.
 
     Attributes:
-        kept, moved, forward, backward: bytes, as in `LayerBytes`.
+        kept, moved, forward, backward, unpacked: bytes, as in `LayerBytes`.
         timed: its seconds.
         seconds: forward and backward without any wait for the link.
+        held: bytes on the device when all layers have run forward.
     """
 
     kept: int
     moved: int
     forward: int
     backward: int
+    unpacked: int
     timed: LayerSeconds
     seconds: float
+    held: int
 
 
 LINK_BEHIND = 1.1
@@ -90,7 +93,7 @@ class Frame:
         beside: bytes on the device that the facts do not tell.
 
     Attributes:
-        names: policies that the layers have, fastest first on a card with a fast link.
+        names: policies that the layers have, fastest first on a card with a fast link and room.
         moving: those of them that move tensors to the host and may pay, the leanest first.
         kinds: for each layer the number of its kind; ways: for each kind what every policy makes of it.
         forward: for each layer the bytes of its forward pass beside what layers hold and its own need; backward
@@ -115,7 +118,7 @@ class Frame:
         self.beside = beside
         self.standing = self.fixed.weights + self.fixed.adapter + self.fixed.optimizer + LIBRARIES + beside
         self.table = table_bytes(model, self.work)
-        self.names = tuple(HELD) if not model.unfused else STOCK_POLICIES
+        self.names = _names(model, self.work)
         self.count = len(model.layers)
         self.embedded = rounded(self.work.tokens * model.hidden * self.work.itemsize)
         self._read_kinds()
@@ -138,10 +141,19 @@ class Frame:
     def _ways(self, layer: LayerFacts, rows: int | None) -> dict[str, Way]:
         fused = not self.model.unfused
         ways = {}
-        for name in self.names:
+        for name in HELD if fused else STOCK_POLICIES:
             cost = layer_bytes(layer, self.work, name) if fused else stock_bytes(layer, self.work, name)
             timed = layer_seconds(layer, self.work, name, self.rates, rows=rows, fused=fused)
-            ways[name] = Way(cost.kept, cost.moved, cost.forward, cost.backward, timed, sum(timed.computing))
+            ways[name] = Way(
+                cost.kept,
+                cost.moved,
+                cost.forward,
+                cost.backward,
+                cost.unpacked,
+                timed,
+                seconds=sum(timed.computing),
+                held=cost.kept + cost.unpacked,
+            )
         return ways
 
     def _moving(self) -> tuple[str, ...]:
@@ -203,7 +215,7 @@ class Frame:
         return [self.ways[kind][name] for kind, name in zip(self.kinds, policies, strict=True)]
 
     def passing_peak(self, policies: Sequence[str]) -> int:
-        """The most bytes of what a step makes, gradients included."""
+        """The most bytes of what a step makes, gradients included, and weights that are held unpacked not."""
         needs = (
             held + own + bare.moment.passing + bare.moment.gradients
             for bare, held, own in self._walk(policies)
@@ -235,7 +247,11 @@ class Frame:
 
     def peak(self, policies: Sequence[str]) -> int:
         """The most bytes of the device, as `bytes.peak_bytes` has them for fused layers."""
-        return self.standing + self.passing_peak(policies)
+        return self.standing + self.unpacked(policies) + self.passing_peak(policies)
+
+    def unpacked(self, policies: Sequence[str]) -> int:
+        """Bytes of 4-bit weights that layers hold unpacked."""
+        return sum(way.unpacked for way in self.of(policies))
 
     def host(self, policies: Sequence[str]) -> int:
         """Pinned bytes of the host."""
@@ -268,6 +284,13 @@ class _Bare:
     moment: Moment
     what: str
     place: int | None
+
+
+def _names(model: ModelFacts, work: Work) -> tuple[str, ...]:
+    """Policies that layers of a model have, fastest first where there is room."""
+    if model.unfused:
+        return STOCK_POLICIES
+    return tuple(name for name in HELD if name != UNPACKED or work.quantize == "nf4")
 
 
 def _place(moment: Moment) -> tuple[str, int | None]:

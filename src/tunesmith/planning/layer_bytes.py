@@ -24,6 +24,7 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "middle": ("middle", "branch0", "branch1"),
     "gate_up": ("gate_up",),
     "act": ("act",),
+    "weights": (),
 }
 """Buffers by the stage of a policy that they belong to."""
 
@@ -50,6 +51,7 @@ class LayerBytes:
         forward: the most while it runs forward, its output included and its input not.
         backward: the most while it runs backward beside what was kept, the incoming gradient included.
         gradients: of what trains in it.
+        unpacked: of its 4-bit weights as they are unpacked, where it holds them between steps.
     """
 
     kept: int
@@ -57,6 +59,7 @@ class LayerBytes:
     forward: int
     backward: int
     gradients: int
+    unpacked: int = 0
 
 
 class _Layer:
@@ -72,6 +75,7 @@ class _Layer:
         left_out = {"middle"} if streams_again(layer, self.held) else set()
         self.kept = {name for stage in self.held.keep for name in STAGES[stage]} - left_out
         self.moved = {name for stage in self.held.moved for name in STAGES.get(stage, ())} & self.kept
+        self.unpacked = "weights" in self.held.keep
         self.again = self.shared = False
         most = work.tile_tokens
         self.tiled = most is not None and "gate_up" not in self.held.keep and work.tokens > most
@@ -85,8 +89,8 @@ class _Layer:
             self.tape.make(f"stats{place}", self.sizes.floats(2 if self.layer.layer_norm else 1))
 
     def read(self, group: str) -> None:
-        """The group's weight for a product."""
-        if not self.tape.has(f"weight.{group}"):
+        """The group's weight for a product; one that the layer holds is there before the pass and after it."""
+        if not self.unpacked and not self.tape.has(f"weight.{group}"):
             self.tape.make(f"weight.{group}", self.sizes.weight(group))
 
     def forget(self, group: str) -> None:
@@ -374,4 +378,5 @@ def layer_bytes(layer: LayerFacts, work: Work, policy: str) -> LayerBytes:
     gradients = sum(passes.sizes.gradients(group) for group in layer.matrices)
     if work.full:
         gradients = (layer.matrix_parameters + layer.small_parameters) * work.trained_itemsize
-    return LayerBytes(kept - moved, moved, forward, passes.tape.peak - before, int(gradients))
+    weights = sum(rounded(passes.sizes.weight(group)) for group in layer.matrices) if passes.unpacked else 0
+    return LayerBytes(kept - moved, moved, forward, passes.tape.peak - before, int(gradients), weights)

@@ -24,9 +24,12 @@ from tunesmith.planning.request import PlanRequest as PlanRequest
 from tunesmith.planning.request import settled
 from tunesmith.planning.solver import Solution, solve
 
-PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "head", "workspace", "reserve")
-"""What memory of a card goes to, in the order in which tables and pictures show it. `activations` is what all layers
-keep at the moment at which it is most; `reserve` is what the allocator and libraries hold beside tensors."""
+PARTS = (
+    "weights", "unpacked", "adapter", "gradients", "optimizer", "activations", "head", "workspace", "reserve",
+)  # fmt: skip
+"""What memory of a card goes to, in the order in which tables and pictures show it. `unpacked` are 4-bit weights that
+layers hold in 16 bits as well; `activations` is what all layers keep at the moment at which it is most; `reserve` is
+what the allocator and libraries hold beside tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +197,7 @@ def _parts(solution: Solution, moments: Sequence[Moment]) -> dict[str, int]:
     one = len(moments) == 1
     return {
         "weights": fixed.weights + frame.beside,
+        "unpacked": frame.unpacked(solution.policies),
         "adapter": fixed.adapter,
         "gradients": moments[0].gradients if one else fixed.gradients,
         "optimizer": fixed.optimizer,

@@ -14,7 +14,8 @@ class Held:
     """What a layer holds between forward and backward.
 
     Attributes:
-        keep: stages whose results are held; the others are computed again in backward.
+        keep: stages whose results are held; the others are computed again in backward. `weights` are no stage of a
+            pass: 4-bit weights as they were unpacked, which the layer holds from its first pass on.
         moved: of these and the layer's `input`, what lies in host memory in the meantime.
     """
 
@@ -25,7 +26,11 @@ class Held:
 _HALF = frozenset({"qkv", "attention", "middle"})
 _INPUT = frozenset({"input"})
 
+UNPACKED = "keep_unpacked"
+"""What layers hold where there is memory left when all activations are held; of use for 4-bit weights alone."""
+
 HELD: Mapping[str, Held] = {
+    UNPACKED: Held(_HALF | {"gate_up", "act", "weights"}),
     "keep_all": Held(_HALF | {"gate_up", "act"}),
     "keep": Held(_HALF | {"gate_up"}),
     "keep_offload_attention": Held(_HALF | {"gate_up"}, moved=_HALF | _INPUT),

@@ -142,7 +142,7 @@ def layer_seconds(
     """
     held = HELD[policy]
     counted = LayerAmounts(layer, work, work.tokens if rows is None else rows)
-    passes = counted.forward(), counted.backward(held)
+    passes = counted.forward(held), counted.backward(held)
     if not fused:
         passes = stock_amount(passes[0]), stock_amount(passes[1])
     bytes_moved = counted.travelling(held)

@@ -1,6 +1,6 @@
 """The fastest way to lay a step out over a card: rows of a micro-batch and a policy for each layer. Torch-free.
 
-With kept bytes k, seconds t and passing bytes f (forward) and b (backward) of layer i under its policy, and room R:
+With held bytes k, seconds t and passing bytes f (forward) and b (backward) of layer i under its policy, and room R:
 
     minimise  Σ t_i   where for every layer  K_i + f_i ≤ R  and  K_i + k_i + b_i ≤ R,   K_i = Σ_{j<i} k_j
                       and at the head        K_L + head ≤ R
@@ -20,6 +20,11 @@ the leaner one first. After the last of them the others' time is a sum again, an
 way are known. All counts of layers are tried: in steps of a sixteenth, solutions were up to 0.72% slower (450
 budgets of 8B and 70B on four cards), and no more than 0.1 s of 80 layers was saved.
 
+Weights that a layer holds unpacked (`keep_unpacked`) are there at every moment, and a state knows those of the layers
+so far only. They lie on the last layers of those that are alike, where the peak is as well, so what a state knows is
+the peak all the same; they are searched for apart, after everything else that moves nothing, and what the walk finds
+too large after all is left out.
+
 Rejected: a linear program, which gives fractions of layers; and dynamic programming over rounded bytes, which is
 exact up to the rounding only and slower.
 """
@@ -38,6 +43,7 @@ from tunesmith.planning.bytes import fixed_bytes
 from tunesmith.planning.cards import Rates
 from tunesmith.planning.facts import ModelFacts, embedding_stays
 from tunesmith.planning.frame import Frame, Parts, Prefix, Way
+from tunesmith.planning.policies import UNPACKED
 from tunesmith.planning.request import PlanRequest
 
 Chain = tuple[str, "Chain"] | None
@@ -164,12 +170,17 @@ def _layouts(frame: Frame, request: PlanRequest, room: int, limit: float) -> Ite
         return
     if room < frame.least:
         return
-    search = Search(frame, room)
+    search = Search(frame, room, besides=(UNPACKED,))
     # what moves nothing is tried first: it may be recorded as CUDA graphs, which the seconds of layers do not tell
     found = search.after(Prefix(frame), limit)
     if found is not None:
         limit = found[0]
         yield _lean_first(frame, Prefix(frame), found[1], room)
+    if UNPACKED in frame.names:
+        found = Search(frame, room).after(Prefix(frame), limit)
+        if found is not None:
+            limit = found[0]
+            yield _lean_first(frame, Prefix(frame), found[1], room)
     host_bytes = math.inf if request.host_bytes is None else request.host_bytes - frame.table
     candidates = enumerate(_candidates(frame, search, host_bytes))
     waiting = [(bound, number, parts) for number, (bound, parts) in candidates if bound < limit]
@@ -188,11 +199,12 @@ def _lean_first(frame: Frame, prefix: Prefix, rest: Sequence[str], room: int) ->
     for kind in dict.fromkeys(frame.kinds[start:]):
         places = [number - start for number in range(start, frame.count) if frame.kinds[number] == kind]
         ways = frame.ways[kind]
-        names = sorted((rest[place] for place in places), key=lambda name: ways[name].kept)
+        names = sorted((rest[place] for place in places), key=lambda name: ways[name].held)
         for place, name in zip(places, names, strict=True):
             ordered[place] = name
-    fits = frame.passing_peak([*prefix.policies, *ordered]) <= room
-    return [*prefix.policies, *(ordered if fits else rest)]
+    policies = [*prefix.policies, *ordered]
+    fits = frame.unpacked(policies) + frame.passing_peak(policies) <= room
+    return policies if fits else [*prefix.policies, *rest]
 
 
 def _candidates(frame: Frame, search: Search, host_bytes: float) -> Iterator[tuple[float, Parts]]:
@@ -217,28 +229,26 @@ class Search:
     """Layers that move nothing, after a prefix of such as do.
 
     Args:
-        room: bytes for everything that a step makes.
+        room: bytes for everything that a step makes, and for weights that are held unpacked.
+        besides: policies that no layer is to have.
     """
 
-    def __init__(self, frame: Frame, room: int) -> None:
+    def __init__(self, frame: Frame, room: int, besides: Sequence[str] = ()) -> None:
         self._frame, self._room = frame, room
-        self._ways = [_device_ways(frame.ways[kind]) for kind in frame.kinds]
+        self._kinds = [_device_ways(ways, besides) for ways in frame.ways]
+        self._ways = [self._kinds[kind] for kind in frame.kinds]
         last = frame.count - 1
         least = min(way.backward for _, way in self._ways[last])
         # all layers hold what they keep at the head, and when the last one goes backward
         self._most = room - max(frame.around, frame.backward[last] + least)
-        kinds = [_device_ways(ways) for ways in frame.ways]
-        slopes = sorted({slope for ways in kinds for slope in _slopes(ways)})
+        slopes = sorted({slope for ways in self._kinds for slope in _slopes(ways)})
         self._tails = {slope: self._sums(_priced(slope)) for slope in slopes}
         self._least_kept = self._sums(_priced(1.0, 0.0))
         self._longest = [-seconds for seconds in self._sums(_priced(0.0, -1.0))]
 
     def _sums(self, value: Callable[[Way], float]) -> list[float]:
         """For each layer the sum of the least value of it and of those behind it, and 0 at the end."""
-        least = {
-            kind: min(value(way) for way in ways.values() if not way.moved)
-            for kind, ways in enumerate(self._frame.ways)
-        }
+        least = [min(value(way) for _, way in ways) for ways in self._kinds]
         sums = [0.0]
         for kind in reversed(self._frame.kinds):
             sums.append(sums[-1] + least[kind])
@@ -307,7 +317,7 @@ class Search:
         most = target + ROUNDING * abs(target) - self._tails[slope][number + 1] + slope * self._most
         found: list[tuple[float, float, str, Chain]] = []
         for name, way in self._ways[number]:
-            more, longer = way.kept, way.seconds
+            more, longer = way.held, way.seconds
             room = min(forward_room - way.forward, backward_room - way.backward - more, head_room - more)
             fitting = states[: bisect_right(states, room, key=itemgetter(0))]
             left = most - longer - slope * more
@@ -327,7 +337,7 @@ class Search:
 
 def _priced(slope: float, second: float = 1.0) -> Callable[[Way], float]:
     """What a policy costs where a byte costs `slope`."""
-    return lambda way: second * way.seconds + slope * way.kept
+    return lambda way: second * way.seconds + slope * way.held
 
 
 def _unfold(chain: Chain) -> list[str]:
@@ -338,18 +348,18 @@ def _unfold(chain: Chain) -> list[str]:
     return names[::-1]
 
 
-def _device_ways(ways: Mapping[str, Way]) -> list[tuple[str, Way]]:
+def _device_ways(ways: Mapping[str, Way], besides: Sequence[str]) -> list[tuple[str, Way]]:
     """Policies that move nothing, the leanest first."""
-    found = [(name, way) for name, way in ways.items() if not way.moved]
-    return sorted(found, key=lambda item: (item[1].kept, item[1].seconds))
+    found = [(name, way) for name, way in ways.items() if not way.moved and name not in besides]
+    return sorted(found, key=lambda item: (item[1].held, item[1].seconds))
 
 
 def _slopes(ways: Sequence[tuple[str, Way]]) -> Iterator[float]:
     """Seconds that a byte is worth where the best of two policies changes; 0 is that of room for everything."""
     yield 0.0
     for (_, lean), (_, rich) in combinations(ways, 2):
-        if rich.kept > lean.kept and rich.seconds < lean.seconds:
-            slope = (lean.seconds - rich.seconds) / (rich.kept - lean.kept)
-            least = min(way.seconds + slope * way.kept for _, way in ways)
-            if lean.seconds + slope * lean.kept <= least * (1 + ROUNDING):
+        if rich.held > lean.held and rich.seconds < lean.seconds:
+            slope = (lean.seconds - rich.seconds) / (rich.held - lean.held)
+            least = min(way.seconds + slope * way.held for _, way in ways)
+            if lean.seconds + slope * lean.held <= least * (1 + ROUNDING):
                 yield slope
