@@ -16,9 +16,8 @@ from tests.support.tiny import tiny_llama
 from tunesmith.models import projections
 from tunesmith.models.adapter import add_lora
 from tunesmith.models.install import Installed, install
-from tunesmith.planning.policies import UNPACKED
 
-GROUPS = 4
+FULL = "keep_all_unpacked"
 WEIGHTS = 7
 """Linear layers of a decoder layer."""
 
@@ -51,14 +50,12 @@ def held_bytes(installed: Installed) -> list[int]:
 
 
 def check_same(model: Any, dtype: torch.dtype, lengths: list[int]) -> None:
-    """Three passes are those of `keep_all`, bit for bit, with adapters that change in between."""
+    """Passes are those of `keep_all`, bit for bit, with adapters that change in between."""
     installed, batch = install(model, policy="keep_all"), batch_of(lengths=lengths)
-    for turn in range(3):
+    for names in (["keep", "keep_unpacked"], ["keep_unpacked", FULL], [FULL, "keep_all"]):
         installed.set_policy("keep_all")
         hidden, grads = computed(model, dtype, batch)
-        installed.set_policies(
-            ["keep", UNPACKED][turn % 2 :] + [UNPACKED] * (len(installed.policies) - 2 + turn % 2)
-        )
+        installed.set_policies(names * (len(installed.policies) // 2))
         for _ in range(2):
             other, other_grads = computed(model, dtype, batch)
             assert torch.equal(other, hidden)
@@ -89,22 +86,22 @@ def test_what_is_held_computes_the_same_on_the_gpu(rank):
 
 def test_weights_are_unpacked_once_whatever_the_passes(written):
     model = qlora()
-    installed = install(model, policy=UNPACKED)
+    installed = install(model, policy=FULL)
     for _ in range(3):
         computed(model, torch.float32, batch_of())
     assert written.call_count == 2 * WEIGHTS
-    installed.set_policies([UNPACKED, "keep_all"])
+    installed.set_policies([FULL, "keep_all"])
     computed(model, torch.float32, batch_of())
     assert written.call_count == 2 * WEIGHTS + 2 * WEIGHTS, "the second layer's, forward and backward"
 
 
 def test_other_policies_let_go_of_them():
     model = qlora()
-    installed = install(model, policy=UNPACKED)
+    installed = install(model, policy=FULL)
     hidden_of(model, torch.float32, batch_of())
     assert len(held_bytes(installed)) == 2
     assert min(held_bytes(installed)) > 0
-    installed.set_policies([UNPACKED, "keep_all"])
+    installed.set_policies([FULL, "keep_all"])
     assert len(held_bytes(installed)) == 1
     installed.undo()
     assert held_bytes(installed) == []
@@ -115,7 +112,7 @@ def test_weights_of_16_bits_are_not_held_a_second_time(written):
         tiny_llama(hidden_size=64, intermediate_size=192).requires_grad_(False),
         rank=8, alpha=8.0, dropout=0.0, targets="all-linear", seed=1,
     )  # fmt: skip
-    installed = install(model, policy=UNPACKED)
+    installed = install(model, policy=FULL)
     hidden, grads = computed(model, torch.float32, batch_of())
     assert held_bytes(installed) == [0, 0]
     assert written.call_count == 0
@@ -127,7 +124,7 @@ def test_weights_of_16_bits_are_not_held_a_second_time(written):
 
 def test_what_is_made_while_sampling_serves_training():
     model = qlora()
-    install(model, policy=UNPACKED)
+    install(model, policy=FULL)
     with torch.inference_mode():
         sampled = hidden_of(model, torch.float32, batch_of())
     hidden, grads = computed(model, torch.float32, batch_of())
@@ -138,7 +135,7 @@ def test_what_is_made_while_sampling_serves_training():
 def test_a_model_without_its_adapter_reads_the_same_weights(written):
     """As the reference of DPO does: what was made with room for adapters serves without."""
     model = qlora()
-    installed = install(model, policy=UNPACKED)
+    installed = install(model, policy=FULL)
     computed(model, torch.float32, batch_of())
     with model.disable_adapter():
         off = hidden_of(model, torch.float32, batch_of())
@@ -151,7 +148,7 @@ def test_a_model_without_its_adapter_reads_the_same_weights(written):
 
 def test_what_was_made_without_room_is_made_again_with_it(written):
     model = qlora()
-    installed = install(model, policy=UNPACKED)
+    installed = install(model, policy=FULL)
     with model.disable_adapter():
         hidden_of(model, torch.float32, batch_of())
     on, grads = computed(model, torch.float32, batch_of())
@@ -164,7 +161,7 @@ def test_what_was_made_without_room_is_made_again_with_it(written):
 
 def test_weights_that_change_are_read_again():
     model = qlora()
-    install(model, policy=UNPACKED)
+    install(model, policy=FULL)
     batch = batch_of()
     before = hidden_of(model, torch.float32, batch).detach()
     down = model.get_base_model().model.layers[0].mlp.down_proj.base_layer

@@ -170,5 +170,5 @@ def test_what_holds_for_every_mixture(policies, longer, quantize):
     assert peak < peak_bytes(model, long, policies, accumulates=False)
     assert peak <= peak_bytes(model, short, policies, accumulates=True)
     assert peak >= fixed_bytes(model, short).weights + max(m.bytes for m in moments) + LIBRARIES
-    richest = peak_bytes(model, short, ["keep_unpacked"] * 4, accumulates=False)
+    richest = peak_bytes(model, short, ["keep_all_unpacked"] * 4, accumulates=False)
     assert peak <= richest + max(m.passing for m in moments)

@@ -115,7 +115,8 @@ def data_lines(run: Run, *, training_only: bool = False) -> list[str]:
 
 
 _KEPT = {
-    "keep_unpacked": "all activations and unpacked weights kept",
+    "keep_all_unpacked": "all activations kept, and weights unpacked",
+    "keep_unpacked": "activations kept, and weights unpacked",
     "keep_all": "all activations kept",
     "keep": "activations kept",
     "keep_offload_attention": "gate and up kept, other activations in host memory",

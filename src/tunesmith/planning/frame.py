@@ -290,7 +290,7 @@ def _names(model: ModelFacts, work: Work) -> tuple[str, ...]:
     """Policies that layers of a model have, fastest first where there is room."""
     if model.unfused:
         return STOCK_POLICIES
-    return tuple(name for name in HELD if name != UNPACKED or work.quantize == "nf4")
+    return tuple(name for name in HELD if name not in UNPACKED or work.quantize == "nf4")
 
 
 def _place(moment: Moment) -> tuple[str, int | None]:

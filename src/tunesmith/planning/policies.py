@@ -26,11 +26,9 @@ class Held:
 _HALF = frozenset({"qkv", "attention", "middle"})
 _INPUT = frozenset({"input"})
 
-UNPACKED = "keep_unpacked"
-"""What layers hold where there is memory left when all activations are held; of use for 4-bit weights alone."""
-
 HELD: Mapping[str, Held] = {
-    UNPACKED: Held(_HALF | {"gate_up", "act", "weights"}),
+    "keep_all_unpacked": Held(_HALF | {"gate_up", "act", "weights"}),
+    "keep_unpacked": Held(_HALF | {"gate_up", "weights"}),
     "keep_all": Held(_HALF | {"gate_up", "act"}),
     "keep": Held(_HALF | {"gate_up"}),
     "keep_offload_attention": Held(_HALF | {"gate_up"}, moved=_HALF | _INPUT),
@@ -42,6 +40,9 @@ HELD: Mapping[str, Held] = {
     "keep_offload_all": Held(_HALF | {"gate_up"}, moved=_HALF | _INPUT | {"gate_up"}),
 }
 """By name, fastest first at rows of usual length; the last one is for long rows."""
+
+UNPACKED = tuple(name for name, held in HELD.items() if "weights" in held.keep)
+"""Those of layers of 4-bit weights for which memory is left when all that attention and the MLP make is held."""
 
 IN_FLIGHT = 1
 """Layers that run while a layer's copies to the host are under way, before its memory is let go. With more of them

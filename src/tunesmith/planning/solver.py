@@ -20,10 +20,10 @@ the leaner one first. After the last of them the others' time is a sum again, an
 way are known. All counts of layers are tried: in steps of a sixteenth, solutions were up to 0.72% slower (450
 budgets of 8B and 70B on four cards), and no more than 0.1 s of 80 layers was saved.
 
-Weights that a layer holds unpacked (`keep_unpacked`) are there at every moment, and a state knows those of the layers
-so far only. They lie on the last layers of those that are alike, where the peak is as well, so what a state knows is
-the peak all the same; they are searched for apart, after everything else that moves nothing, and what the walk finds
-too large after all is left out.
+Weights that a layer holds unpacked (`policies.UNPACKED`) are there at every moment, and a state knows those of the
+layers so far only. They lie on the last layers, where the peak is as well, so what a state knows is the peak all the
+same; they are searched for apart, after everything else that moves nothing, and what the walk finds too large after
+all is left out.
 
 Rejected: a linear program, which gives fractions of layers; and dynamic programming over rounded bytes, which is
 exact up to the rounding only and slower.
@@ -170,13 +170,13 @@ def _layouts(frame: Frame, request: PlanRequest, room: int, limit: float) -> Ite
         return
     if room < frame.least:
         return
-    search = Search(frame, room, besides=(UNPACKED,))
+    search = Search(frame, room, besides=UNPACKED)
     # what moves nothing is tried first: it may be recorded as CUDA graphs, which the seconds of layers do not tell
     found = search.after(Prefix(frame), limit)
     if found is not None:
         limit = found[0]
         yield _lean_first(frame, Prefix(frame), found[1], room)
-    if UNPACKED in frame.names:
+    if frame.names[0] in UNPACKED:
         found = Search(frame, room).after(Prefix(frame), limit)
         if found is not None:
             limit = found[0]
@@ -194,17 +194,25 @@ def _layouts(frame: Frame, request: PlanRequest, room: int, limit: float) -> Ite
 
 
 def _lean_first(frame: Frame, prefix: Prefix, rest: Sequence[str], room: int) -> list[str]:
-    """The same policies with the leaner ones on the first of layers that are alike, where that fits as well."""
-    start, ordered = prefix.count, list(rest)
-    for kind in dict.fromkeys(frame.kinds[start:]):
-        places = [number - start for number in range(start, frame.count) if frame.kinds[number] == kind]
-        ways = frame.ways[kind]
-        names = sorted((rest[place] for place in places), key=lambda name: ways[name].held)
-        for place, name in zip(places, names, strict=True):
-            ordered[place] = name
-    policies = [*prefix.policies, *ordered]
-    fits = frame.unpacked(policies) + frame.passing_peak(policies) <= room
-    return policies if fits else [*prefix.policies, *rest]
+    """The same policies with the leaner ones first: on all layers where that takes no longer, else on those that are
+    alike, where it fits as well."""
+    start = prefix.count
+    kinds = frame.kinds[start:]
+    first = [*prefix.policies, *rest]
+    longest = frame.layers_seconds(first) * (1 + ROUNDING)
+    for alike in ((0,) * len(kinds), kinds):
+        ordered = list(rest)
+        for kind in dict.fromkeys(alike):
+            places = [place for place, other in enumerate(alike) if other == kind]
+            held = {name: way.held for name, way in frame.ways[kinds[places[0]]].items()}
+            names = sorted((rest[place] for place in places), key=held.__getitem__)
+            for place, name in zip(places, names, strict=True):
+                ordered[place] = name
+        policies = [*prefix.policies, *ordered]
+        fits = frame.unpacked(policies) + frame.passing_peak(policies) <= room
+        if fits and frame.layers_seconds(policies) <= longest:
+            return policies
+    return first
 
 
 def _candidates(frame: Frame, search: Search, host_bytes: float) -> Iterator[tuple[float, Parts]]:

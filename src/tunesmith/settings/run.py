@@ -157,7 +157,8 @@ class MemorySettings(Section):
     again; `recompute`: each layer's input, and the layer runs again; `offload`: the same, in host memory;
     `keep_offload_all`: what `keep` holds, all of it in host memory, for rows so long that layers take as long as the
     copies. `auto`: on a GPU with fused layers one for each layer, such that a step takes the least time within
-    `budget`, and where there is room for it 4-bit weights stay unpacked from step to step (`keep_unpacked` in plans);
+    `budget`, and where there is room for it 4-bit weights stay unpacked from step to step (`keep_unpacked` and
+    `keep_all_unpacked` in plans);
     elsewhere the first of them under which a row fits. All but `keep` and `recompute` need a GPU and fused
     layers."""
     embedding: Literal["auto", "device", "host"] = "auto"
