@@ -5,8 +5,8 @@
 `amounts` and `step_amounts` count the work, `Rates` says how fast it goes. Most constants are figures of kernels,
 each with its source. Six were chosen so that measured steps come out: the rate of GEMMs in steps of two cards
 (from the 8B shape with adapters, and from Mistral), a kernel's latency (135M), the start of a step (profiles),
-updates in 8 bits (full fine-tuning), and attention's backward in long rows (70B). The 42 measured steps of nine
-shapes are then off by 1.4% on average and by 4.2% at most (`tests/planning/test_seconds.py`).
+updates in 8 bits (full fine-tuning), and attention's backward in long rows (70B). The 49 measured steps of nine
+shapes are then off by 1.5% on average and by 4.2% at most (`tests/planning/test_seconds.py`).
 
 Copies to the host run beside the compute, as `models.offload` lets them: a layer waits only where the link is behind.
 The host launches ahead of the device, so a step takes as long as the slower of both, unless it runs from CUDA graphs.
