@@ -668,7 +668,7 @@ def test_a_png_is_drawn_by_matplotlib(asked, run_file, tmp_path):
     ("file", "said"),
     [
         ("plan.pdf", "a picture is a PNG or an HTML page"),
-        ("missing/plan.html", "cannot be written: No such file"),
+        ("missing/plan.html", "there is no folder"),
     ],
 )
 def test_a_picture_that_cannot_be_drawn_is_a_sentence(asked, run_file, tmp_path, capsys, file, said):
@@ -676,6 +676,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_sentence(asked, run_file, tmp_path,
 
     assert code == 2
     assert said in text
+    assert asked == [], "nothing is planned for a picture that cannot be drawn"
 
 
 def test_a_png_that_cannot_be_put_in_place_leaves_nothing(asked, run_file, tmp_path, capsys):

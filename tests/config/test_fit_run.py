@@ -18,13 +18,14 @@ from tests.support.tiny import save_tiny_model, tiny_llama
 from tunesmith.config import assemble, fit_run, summary
 from tunesmith.config.assemble import Run
 from tunesmith.config.fall_back import Measured
-from tunesmith.config.fit_run import Planned, Room, heaviest_row, plan_fit
+from tunesmith.config.fit_run import Planned, heaviest_row, plan_fit
 from tunesmith.config.load import load_settings
 from tunesmith.contracts.errors import ConfigError, UserError
 from tunesmith.data.feed import TableFeed
 from tunesmith.models import host_embedding
 from tunesmith.models.adapter import add_lora
 from tunesmith.models.calibrate import Calibration
+from tunesmith.models.device_memory import Room
 from tunesmith.models.head import CausalModel
 from tunesmith.models.host_embedding import HostEmbedding
 from tunesmith.models.host_memory import NoHostMemoryError

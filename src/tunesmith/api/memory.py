@@ -21,6 +21,7 @@ import torch
 from tunesmith.api.facts import base_of
 from tunesmith.contracts.errors import UserError
 from tunesmith.models.attach import Attached, attach
+from tunesmith.models.device_memory import room_of
 from tunesmith.models.head import CausalModel
 from tunesmith.models.policy import OF_TOKENS, POLICIES
 from tunesmith.models.probe import fixed_bytes, policy_costs
@@ -96,8 +97,7 @@ def fitting(model: Any, attached: Attached, policies: Sequence[str], tokens: int
     )
     free = host = free_host_memory()
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = room_of(device).free
     try:
         causal = CausalModel(model, dtype)
         costs = policy_costs(causal, torch.autocast(device.type, enabled=False), attached.installed)

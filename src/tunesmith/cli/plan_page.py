@@ -31,7 +31,7 @@ def check_picture(file: str) -> None:
     """Refuse a picture that could not be drawn, before anything is planned.
 
     Raises:
-        UserError: its ending says no kind of picture, or matplotlib is not installed.
+        UserError: its ending says no kind of picture, its folder is not there, or matplotlib is not installed.
     """
     ending = Path(file).suffix.lower()
     if ending not in _ENDINGS:
@@ -39,6 +39,9 @@ def check_picture(file: str) -> None:
             f"--picture {file}: a picture is a PNG or an HTML page.",
             hint="Name a file such as plan.png or plan.html.",
         )
+    folder = Path(file).expanduser().parent
+    if not folder.is_dir():
+        raise UserError(f"--picture {file}: there is no folder {folder}.", hint="Make it, or name another.")
     if ending == ".png":
         check_matplotlib("name a file that ends in .html")
 

@@ -25,6 +25,7 @@ from tunesmith.data.stream import StreamFeed
 from tunesmith.data.table import TokenTable
 from tunesmith.distributed.single import SingleDevice
 from tunesmith.models.attention import choose_attention, packed_attention
+from tunesmith.models.device_memory import room_of
 from tunesmith.models.head import CausalModel
 from tunesmith.models.head_check import check_head, check_packing
 from tunesmith.models.install import Installed, install
@@ -88,10 +89,8 @@ class Run:
 
 
 def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free_host_memory()
+    """Memory for further tensors."""
+    return room_of(device).free if device.type == "cuda" else free_host_memory()
 
 
 def _fit(

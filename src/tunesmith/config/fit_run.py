@@ -19,6 +19,7 @@ from tunesmith.contracts.errors import UserError, first_line
 from tunesmith.data.cache import cache_folder
 from tunesmith.data.feed import TableFeed
 from tunesmith.models.calibrate import Calibration, calibrate
+from tunesmith.models.device_memory import Room, room_of
 from tunesmith.models.head import CausalModel
 from tunesmith.models.host_embedding import NotMovableError, reason_to_stay
 from tunesmith.models.host_memory import NoHostMemoryError
@@ -37,41 +38,11 @@ from tunesmith.settings.run import RunSettings
 from tunesmith.training.foresight import Forecast
 from tunesmith.training.replan import Leaner
 
-CONTEXT = 2**30
-"""Bytes that CUDA and its libraries may take beside what torch allocates; the budget leaves room for them."""
-
 LOOKED_AT = 10_000
 """Rows among which the heaviest is sought."""
 
 LESS = 0.15
 """Share of what a step makes by which each leaner layout is smaller."""
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """Memory of a device.
-
-    Attributes:
-        total: bytes that it has.
-        usable: of them free for this process, or its own already.
-        allocated: that tensors take.
-    """
-
-    total: int
-    usable: int
-    allocated: int
-
-    def budget(self, share_or_bytes: float) -> int:
-        """Bytes that a budget allows, what others hold of the card taken off."""
-        asked = share_or_bytes * self.total if share_or_bytes <= 1 else share_or_bytes
-        others = max(0, self.total - self.usable - CONTEXT)
-        return int(max(0, min(asked - others, self.usable)))
-
-
-def room_of(device: torch.device) -> Room:
-    """The memory of a CUDA device as it is now."""
-    free, total = torch.cuda.mem_get_info(device)
-    return Room(total, free + torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device))
 
 
 def card_of(device: torch.device) -> Card:

@@ -62,11 +62,19 @@ def plan_run(
     """
     found = find_config(settings.model.name, settings.model.revision)
     facts = read_facts(found.values, settings.model.name)
-    quantize = settings.model.quantize if settings.model.quantize != "none" else _held_as(found)
+    published = _held_as(found)
+    quantize = settings.model.quantize if settings.model.quantize != "none" else published
     facts = replace(facts, unfused=facts.unfused or _unfused(settings, quantize))
     adapted = adapted_groups(settings.adapter, facts)
-    request = make_request(settings, facts, card, adapted, quantize=quantize, host_bytes=host_bytes)
-    request = replace(request, published_quantized=_held_as(found) != "none")
+    request = make_request(
+        settings,
+        facts,
+        card,
+        adapted,
+        quantize=quantize,
+        published_quantized=published != "none",
+        host_bytes=host_bytes,
+    )
     if request.embedding == "host" and (reason := embedding_stays(facts, request.work)):
         raise embedding_error(reason)
     return PlannedRun(
@@ -100,6 +108,7 @@ def make_request(
     adapted: Adapted,
     *,
     quantize: str,
+    published_quantized: bool,
     host_bytes: int | None = None,
 ) -> PlanRequest:
     """What the planner is asked for.
@@ -131,6 +140,7 @@ def make_request(
         embedding=settings.memory.embedding,
         budget=share_or_bytes(settings.memory.budget),
         host_bytes=host_bytes,
+        published_quantized=published_quantized,
     )
     return settled(facts, request.of_length(length))
 

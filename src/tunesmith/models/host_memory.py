@@ -130,12 +130,15 @@ class HostMemory:
         self.bytes = sum(piece.memory.numel() for piece in used)
 
     def _pin_for(self, room: int) -> None:
-        """A piece for buffers of that size."""
+        """A piece for buffers of that size, for one of them where the host has no more."""
         largest = room + (aligned(room // HEADROOM) if self._grown else 0)
         most = min(LARGEST_PIECE, max(SMALLEST_PIECE, self.bytes // GROWTH))
+        size = max(largest, most // largest * largest)
         try:
-            memory = self._piece(max(largest, most // largest * largest))
+            memory = self._piece(size)
         except NoHostMemoryError:
+            if size == room:
+                raise
             largest = room
             memory = self._piece(room)
         self.bytes += memory.numel()
