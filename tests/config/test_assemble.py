@@ -18,13 +18,13 @@ from tunesmith.models.adapter import add_lora
 from tunesmith.models.attention import packed_attention
 from tunesmith.models.head import CausalModel
 from tunesmith.models.install import Installed, install
-from tunesmith.models.policy import POLICIES
+from tunesmith.models.policy import OF_TOKENS, POLICIES
 from tunesmith.models.probe import fixed_bytes, policy_costs
 from tunesmith.planning.fit import STOCK_POLICIES, USABLE, Fit
 from tunesmith.settings.run import PolicyName, RunSettings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-FUSED_ONLY = [name for name in POLICIES if name not in STOCK_POLICIES]
+FUSED_ONLY = [name for name in OF_TOKENS if name not in STOCK_POLICIES]
 LAYERS = 8
 
 
@@ -54,12 +54,12 @@ def fitted(policy: str, causal: CausalModel, installed: Installed | None) -> Fit
 
 
 def test_the_setting_names_every_policy_in_their_order():
-    assert list(get_args(PolicyName)) == ["auto", *POLICIES]
+    assert list(get_args(PolicyName)) == ["auto", *OF_TOKENS]
     assert list(summary._KEPT) == list(POLICIES)
-    assert set(STOCK_POLICIES) <= set(POLICIES)
+    assert set(STOCK_POLICIES) <= set(OF_TOKENS)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", OF_TOKENS)
 def test_a_policy_reaches_the_fused_layers(policy):
     causal, installed = fused_model()
     fit = fitted(policy, causal, installed)
