@@ -14,7 +14,7 @@ from tunesmith.planning.bytes import host_bytes, peak_bytes, timeline
 from tunesmith.planning.cards import CARDS
 from tunesmith.planning.facts import LayerFacts, ModelFacts, Work
 from tunesmith.planning.frame import Frame, Prefix
-from tunesmith.planning.policies import HELD
+from tunesmith.planning.policies import HELD, UNPACKED
 from tunesmith.planning.request import PlanRequest
 from tunesmith.planning.seconds import backward_seconds, forward_seconds, step_seconds
 from tunesmith.planning.solver import Solution, solve
@@ -258,6 +258,35 @@ def test_lean_layers_come_first_and_those_that_move_before_them():
         assert rest == sorted(rest)
         mixed += len(set(rest)) > 1
     assert mixed
+
+
+def test_weights_are_held_unpacked_where_memory_is_left():
+    facts, qlora = model(*[WIDE] * 8), {"quantize": "nf4"}
+    most, keep = (
+        Frame(facts, request(tokens=8192, work=qlora), 1, RATES).peak((name,) * 8)
+        for name in ("keep_all_unpacked", "keep")
+    )
+    held = []
+    for part in range(6):
+        found = solve(facts, request(tokens=8192, work=qlora), RATES, keep + (most - keep) * part // 5)
+        held.append(sum(name in UNPACKED for name in found.policies))
+        assert (
+            found.frame.unpacked(found.policies) == held[-1] * found.frame.ways[0]["keep_unpacked"].unpacked
+        )
+    assert held[0] == 0
+    assert held == sorted(held)
+    assert held[3] < held[-1] == 8
+    assert not set(solve(facts, request(tokens=8192), RATES, most).policies) & set(UNPACKED)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "micro_batch", "may"),
+    [(8, 2048, None, [4, 8]), (8, 2048, 2, [2]), (1, 512, None, [1]), (3, 500, None, [3])],
+)
+def test_micro_batches_that_could_be_larger_unpack_their_weights_in_each_pass(rows, tokens, micro_batch, may):
+    asked = request(rows, tokens, micro_batch=micro_batch, work={"quantize": "nf4"})
+    frames = [Frame(model(WIDE), asked, size, RATES) for size in asked.micro_batches()]
+    assert [frame.rows for frame in frames if set(frame.names) & set(UNPACKED)] == may
 
 
 def test_a_fixed_policy_and_a_fixed_micro_batch_are_held_to():

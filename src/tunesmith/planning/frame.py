@@ -25,7 +25,7 @@ from tunesmith.planning.bytes import (
 )
 from tunesmith.planning.cards import Rates
 from tunesmith.planning.facts import LayerFacts, ModelFacts, Work
-from tunesmith.planning.fit import STOCK_POLICIES
+from tunesmith.planning.fit import BUSY_TOKENS, STOCK_POLICIES
 from tunesmith.planning.layer_bytes import LayerBytes, layer_bytes
 from tunesmith.planning.policies import HELD, IN_FLIGHT, UNPACKED
 from tunesmith.planning.request import PlanRequest
@@ -118,7 +118,7 @@ class Frame:
         self.beside = beside
         self.standing = self.fixed.weights + self.fixed.adapter + self.fixed.optimizer + LIBRARIES + beside
         self.table = table_bytes(model, self.work)
-        self.names = _names(model, self.work)
+        self.names = _names(model, self.work, largest=rows == request.micro_batches()[-1])
         self.count = len(model.layers)
         self.embedded = rounded(self.work.tokens * model.hidden * self.work.itemsize)
         self._read_kinds()
@@ -286,11 +286,16 @@ class _Bare:
     place: int | None
 
 
-def _names(model: ModelFacts, work: Work) -> tuple[str, ...]:
-    """Policies that layers of a model have, fastest first where there is room."""
+def _names(model: ModelFacts, work: Work, *, largest: bool) -> tuple[str, ...]:
+    """Policies that layers of a model have, fastest first where there is room.
+
+    What unpacked weights save, larger micro-batches save as well, and more that seconds do not tell: weights are held
+    unpacked where micro-batches keep a card busy, or cannot be larger.
+    """
     if model.unfused:
         return STOCK_POLICIES
-    return tuple(name for name in HELD if name not in UNPACKED or work.quantize == "nf4")
+    unpacked = work.quantize == "nf4" and (largest or work.tokens >= BUSY_TOKENS["cuda"] // 2)
+    return tuple(name for name in HELD if name not in UNPACKED or unpacked)
 
 
 def _place(moment: Moment) -> tuple[str, int | None]:
