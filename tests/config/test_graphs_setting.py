@@ -47,6 +47,12 @@ def test_what_fits_once_only_is_not_recorded():
     assert "fit twice" in found
 
 
+def test_weights_that_will_be_held_unpacked_take_room_from_graphs():
+    fits = Fit(policy="keep", tokens=4096, bytes_per_token=20 * 2**30 / 4096)
+    assert _record(settings(), backend(), fused(), fits) is None
+    assert "fit twice" in (_record(settings(), backend(), fused(), fits, 40 * 2**30) or "")
+
+
 def test_gradients_that_fit_once_only_are_not_recorded(monkeypatch):
     """A graph leaves all gradients of a micro-batch before it adds them up."""
     installed = install(tiny_llama())

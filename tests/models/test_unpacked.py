@@ -122,6 +122,29 @@ def test_weights_of_16_bits_are_not_held_a_second_time(written):
     assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
 
 
+def test_a_group_of_which_one_weight_is_in_16_bits_is_not_held(written):
+    """PEFT merges into such a weight without a trace."""
+    model = qlora()
+    attention = model.get_base_model().model.layers[0].self_attn
+    attention.k_proj.base_layer = torch.nn.Linear(64, attention.k_proj.out_features, bias=False)
+    model.requires_grad_(False)
+    install(model, policy=FULL)
+    for _ in range(2):
+        hidden_of(model, torch.float32, batch_of())
+    assert written.call_count == 2 * WEIGHTS + 3, "q, k and v of the first layer a second time"
+
+
+def test_they_are_made_again_where_they_were_forgotten(written):
+    model = qlora()
+    installed = install(model, policy=FULL)
+    hidden, _ = computed(model, torch.float32, batch_of())
+    installed.forget_unpacked()
+    assert held_bytes(installed) == []
+    again, _ = computed(model, torch.float32, batch_of())
+    assert torch.equal(again, hidden)
+    assert written.call_count == 2 * 2 * WEIGHTS
+
+
 def test_what_is_made_while_sampling_serves_training():
     model = qlora()
     install(model, policy=FULL)
@@ -169,6 +192,9 @@ def test_weights_that_change_are_read_again():
         down.weight.copy_(down.weight.flip(0))
     changed = hidden_of(model, torch.float32, batch).detach()
     assert not torch.equal(changed, before)
+    swapped = hidden_of(model, torch.float32, batch).detach()
+    down.weight.data = down.weight.data.flip(0)  # neither another tensor nor another version
+    assert not torch.equal(hidden_of(model, torch.float32, batch).detach(), swapped)
     # another tensor in its place
     up = model.get_base_model().model.layers[1].mlp.up_proj.base_layer
     up.weight = type(up.weight)(torch.zeros(192, 64), requires_grad=False, quant_type="nf4").to("cpu")

@@ -215,7 +215,7 @@ def test_what_the_prefix_takes_is_added_to_the_rest(parts):
     share=st.floats(0.0, 1.1),
     more=st.floats(0.0, 0.5),
     rows=st.sampled_from([1, 3, 8]),
-    tokens=st.sampled_from([500, 2048, 5000]),
+    tokens=st.sampled_from([64, 500, 2048, 5000]),
     work=st.sampled_from(sorted(WORKS)),
     kind=st.sampled_from(sorted(MODELS)),
     host=st.sampled_from([None, 0, 40 * MIB, 100 * MIB]),
@@ -260,6 +260,24 @@ def test_lean_layers_come_first_and_those_that_move_before_them():
     assert mixed
 
 
+@pytest.mark.parametrize("tokens", [64, 256])
+def test_no_layout_of_short_rows_is_faster(tokens):
+    """There held weights are much and activations little: what a layer unpacks in its backward pass lies beside those
+    of all others."""
+    facts = replace(model(*[WIDE] * 4), vocabulary=64)
+    asked = request(tokens=tokens, work={"quantize": "nf4"}, host_bytes=0)
+    frame = Frame(facts, asked, 1, RATES)
+    every = [(frame.peak(p), frame.step_seconds(p)) for p in itertools.product(ON_DEVICE, repeat=4)]
+    low, high = min(peak for peak, _ in every), max(peak for peak, _ in every)
+    before = float("inf")
+    for part in range(41):
+        budget = low + (high - low) * part // 40
+        found = solve(facts, asked, RATES, budget)
+        assert found.seconds == pytest.approx(min(s for peak, s in every if peak <= budget), rel=1e-9)
+        assert found.seconds <= before * (1 + 1e-9)
+        before = found.seconds
+
+
 def test_weights_are_held_unpacked_where_memory_is_left():
     facts, qlora = model(*[WIDE] * 8), {"quantize": "nf4"}
     most, keep = (
@@ -287,6 +305,14 @@ def test_micro_batches_that_could_be_larger_unpack_their_weights_in_each_pass(ro
     asked = request(rows, tokens, micro_batch=micro_batch, work={"quantize": "nf4"})
     frames = [Frame(model(WIDE), asked, size, RATES) for size in asked.micro_batches()]
     assert [frame.rows for frame in frames if set(frame.names) & set(UNPACKED)] == may
+
+
+def test_a_settled_micro_batch_keeps_to_the_rule_of_the_open_one():
+    facts, asked = model(*[WIDE] * 2), request(8, 2048, work={"quantize": "nf4"})
+    for rows, may in ((1, False), (4, True)):
+        found = solve(facts, asked, RATES, 80 * 2**30, rows=rows)
+        assert found.rows == rows
+        assert bool(set(found.policies) & set(UNPACKED)) == may
 
 
 def test_a_fixed_policy_and_a_fixed_micro_batch_are_held_to():

@@ -163,8 +163,13 @@ class Planned:
         """The layout in use as a plan."""
         return plan_of(self.request, self.solution, self.budget)
 
+    @property
+    def unpacked(self) -> int:
+        """Bytes of 4-bit weights that layers hold unpacked, from their first pass on."""
+        return self.solution.frame.unpacked(self.solution.policies)
+
     def fit(self) -> Fit:
-        """The same for whoever asks about a token."""
+        """The plan for whoever asks about a token."""
         frame, moments = self.solution.frame, self.solution.frame.moments(self.solution.policies)
         most = max(moment.activations + moment.passing for moment in moments)
         names = dict.fromkeys(self.solution.policies)
@@ -230,8 +235,7 @@ class Planned:
         return None
 
     def _solve(self, rows: int, budget: int) -> Solution:
-        request = replace(self.request, micro_batch=rows)
-        return solve(self.facts, request, self.rates, budget, beside=self.beside)
+        return solve(self.facts, self.request, self.rates, budget, beside=self.beside, rows=rows)
 
     def _take(self, solution: Solution, budget: int) -> Leaner:
         self.solution, self.budget, stayed = solution, budget, self.stays

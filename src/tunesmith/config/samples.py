@@ -196,6 +196,8 @@ def _as_stock(
 ) -> Iterator[None]:
     """Within the block the model generates as it was loaded; calls of stock layers are not counted."""
     counts = dict(installed.fallbacks) if installed is not None else {}
+    if installed is not None and not backend.use_graphs:
+        installed.forget_unpacked()  # stock layers read weights as they are, and long prompts need the room
     with attending_all(causal.base, attention), backend.autocast():
         yield
     if installed is not None:

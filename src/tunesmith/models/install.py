@@ -88,6 +88,13 @@ class Installed:
             return None
         return self._unpacked.setdefault(number, Unpacked())
 
+    def forget_unpacked(self) -> None:
+        """Let go of weights that layers hold unpacked; their next pass makes them again.
+
+        Not where graphs are recorded, which know where these weights lie.
+        """
+        self._unpacked.clear()
+
     def set_embedding_on_host(self, wanted: bool) -> None:
         """Hold the input embedding in pinned host memory, or on its device again; between steps.
 
@@ -157,7 +164,7 @@ class Installed:
         """Give the model its stock computation back, and the input embedding its place."""
         while self._undo:
             self._undo.pop()()
-        self._unpacked.clear()
+        self.forget_unpacked()
         self.set_embedding_on_host(False)
 
 

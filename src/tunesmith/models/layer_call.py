@@ -216,7 +216,8 @@ groups, u_output and u_down, would each take a pass over the widest rows for 32 
 
 
 class Weights:
-    """Base weights of the groups for one pass, each dequantised at most once and dropped after its last use.
+    """Base weights of the groups for one pass, each dequantised at most once, and dropped after its last use unless
+    something holds it.
 
     Args:
         again: whether every weight that a recomputation reads is read once more for a gradient, in the same pass.

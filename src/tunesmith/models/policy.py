@@ -74,8 +74,8 @@ class Policy:
 
 POLICIES: dict[str, Policy] = {name: Policy(name, held.keep, held.moved) for name, held in HELD.items()}
 """Fastest first, on a card whose host link is as fast as that of an H100 and at rows of usual length; the last one is
-for long rows. Of those that move nothing to the host each needs less GPU memory than the one before, and so does each
-of those that do, the last one apart."""
+for long rows. Of those that move nothing to the host and hold no weights each needs less GPU memory than the one
+before, and so does each of those that do, the last one apart."""
 
 OF_TOKENS = tuple(name for name, policy in POLICIES.items() if "weights" not in policy.keep)
 """Those that hold nothing but what a pass makes of its tokens, which is what can be measured of a short row."""

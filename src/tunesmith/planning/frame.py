@@ -60,7 +60,7 @@ class Way:
         kept, moved, forward, backward, unpacked: bytes, as in `LayerBytes`.
         timed: its seconds.
         seconds: forward and backward without any wait for the link.
-        held: bytes on the device when all layers have run forward.
+        held: bytes of it on the device when all layers have run forward.
     """
 
     kept: int
@@ -118,7 +118,7 @@ class Frame:
         self.beside = beside
         self.standing = self.fixed.weights + self.fixed.adapter + self.fixed.optimizer + LIBRARIES + beside
         self.table = table_bytes(model, self.work)
-        self.names = _names(model, self.work, largest=rows == request.micro_batches()[-1])
+        self.names = _names(model, self.work, largest=rows >= request.micro_batches()[-1])
         self.count = len(model.layers)
         self.embedded = rounded(self.work.tokens * model.hidden * self.work.itemsize)
         self._read_kinds()
@@ -353,7 +353,7 @@ class Prefix:
     @cached_property
     def seconds(self) -> float:
         """What both passes take, with their waits for the link and those that they cause behind them: forward takes
-        the same under all policies that move nothing."""
+        the same under all policies that move nothing and hold no weights, which alone stand behind these."""
         frame = self._frame
         behind = frame.kinds[self.count : self.count + IN_FLIGHT]
         others = [frame.ways[kind][_BASE] for kind in behind]

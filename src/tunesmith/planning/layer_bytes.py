@@ -378,5 +378,7 @@ def layer_bytes(layer: LayerFacts, work: Work, policy: str) -> LayerBytes:
     gradients = sum(passes.sizes.gradients(group) for group in layer.matrices)
     if work.full:
         gradients = (layer.matrix_parameters + layer.small_parameters) * work.trained_itemsize
-    weights = sum(rounded(passes.sizes.weight(group)) for group in layer.matrices) if passes.unpacked else 0
+    # without dropout, as where a model is measured, they have room for adapters, and stay as they are
+    sizes = Sizes(layer, replace(work, dropout=False))
+    weights = sum(rounded(sizes.weight(group)) for group in layer.matrices) if passes.unpacked else 0
     return LayerBytes(kept - moved, moved, forward, passes.tape.peak - before, int(gradients), weights)
