@@ -29,6 +29,7 @@ LAYOUTS: dict[str, Sequence[str]] = {
     "offload_attention": ("offload_attention",) * LAYERS,
     "mixed": ("offload_attention", "recompute", "keep", "keep_all"),
     "moved first": ("offload", "keep_offload_attention", "recompute_projections", "keep"),
+    "unpacked last": ("keep", "keep_all", "keep_unpacked", "keep_all_unpacked"),
 }
 
 
