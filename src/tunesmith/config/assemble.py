@@ -141,12 +141,9 @@ def _check_policy(settings: RunSettings, device: torch.device, installed: Instal
 
 
 def _record(
-    settings: RunSettings, backend: SingleDevice, installed: Installed | None, fit: Fit, unpacked: int = 0
+    settings: RunSettings, backend: SingleDevice, installed: Installed | None, fit: Fit
 ) -> str | None:
     """Have the backend record CUDA graphs where they are wanted and possible; returns why not.
-
-    Args:
-        unpacked: bytes of weights that layers will hold and do not yet.
 
     Raises:
         UserError: they are asked for and not possible.
@@ -170,7 +167,7 @@ def _record(
         if not graphs_pay(tokens=fit.tokens, layer_parameters=parameters, full=full):
             reason = "the model keeps the GPU busy without"
         elif 2 * (fit.bytes_per_token * fit.tokens + _gradient_bytes(installed)) > USABLE * (
-            _free_bytes(backend.device) - unpacked
+            _free_bytes(backend.device) - fit.unpacked
         ):
             reason = "activations and gradients would have to fit twice, in the graphs and beside them"
     backend.use_graphs = reason is None
@@ -347,8 +344,7 @@ def assemble(
         if planned is None:
             place_embedding(settings, causal, installed)
         fit = planned.fit() if planned is not None else _fit(settings, causal, backend, data, installed)
-        unpacked = planned.unpacked if planned is not None else 0
-        no_graphs = _record(settings, backend, installed, fit, unpacked)
+        no_graphs = _record(settings, backend, installed, fit)
     trainer = Trainer(
         backend=backend,
         loss=ObjectiveLoss(causal, OBJECTIVES[settings.objective.kind]),

@@ -163,18 +163,14 @@ class Planned:
         """The layout in use as a plan."""
         return plan_of(self.request, self.solution, self.budget)
 
-    @property
-    def unpacked(self) -> int:
-        """Bytes of 4-bit weights that layers hold unpacked, from their first pass on."""
-        return self.solution.frame.unpacked(self.solution.policies)
-
     def fit(self) -> Fit:
         """The plan for whoever asks about a token."""
         frame, moments = self.solution.frame, self.solution.frame.moments(self.solution.policies)
         most = max(moment.activations + moment.passing for moment in moments)
         names = dict.fromkeys(self.solution.policies)
         policy = next(iter(names)) if len(names) == 1 else "auto"
-        return Fit(policy, frame.work.tokens, most / frame.work.tokens)
+        unpacked = frame.unpacked(self.solution.policies)
+        return Fit(policy, frame.work.tokens, most / frame.work.tokens, unpacked)
 
     def forecast(self) -> Forecast:
         """What every step takes by the plan."""

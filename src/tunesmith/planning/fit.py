@@ -106,11 +106,13 @@ class Fit:
         policy: what is kept between forward and backward.
         tokens: tokens of a micro-batch (at least one row is always taken).
         bytes_per_token: what a token takes on the device under this policy.
+        unpacked: bytes of 4-bit weights that layers hold unpacked, from their first pass on.
     """
 
     policy: str
     tokens: int
     bytes_per_token: float
+    unpacked: int = 0
 
 
 def layer_costs(*, kept_per_token: float, input_per_token: float, layers: int) -> tuple[PolicyCost, ...]:
