@@ -59,7 +59,7 @@ def cases(columns: int, tokens: int) -> dict[str, list[tuple[dict[str, Any], int
         "add_residual": [({"tokens": 64, "columns": columns, "rank": 4}, 1, tokens)],
         "glu": [
             ({"tokens": 4, "inner": columns // 2}, 8, tokens),
-            ({"tokens": 64, "inner": columns // 2, "rank": 4}, 1, tokens),
+            ({"tokens": 64, "inner": columns // 2, "rank": 4, "down_rank": 4}, 1, tokens),
             ({"tokens": 64, "inner": columns, "plain": True, "rank": 24, "activation": "gelu"}, 1, tokens),
         ],
         "glu_backward_": [

@@ -128,8 +128,9 @@ def _glu(gate_up, xa, b, activation, gated, rank, scale):
     return FUNCTIONS[activation](gate) * up
 
 
-def glu(*, gate_up_TN, activation, gated, xa_TR, b_NR, rank, scale):
-    return [_glu(gate_up_TN, xa_TR, b_NR, activation, gated, rank, scale)]
+def glu(*, gate_up_TN, activation, gated, xa_TR, b_NR, rank, scale, down_a_RI, down_u_TR):
+    act = _glu(gate_up_TN, xa_TR, b_NR, activation, gated, rank, scale)
+    return [act] if down_u_TR is None else [act, act @ down_a_RI.T]
 
 
 def glu_backward_(

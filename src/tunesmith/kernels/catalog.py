@@ -111,8 +111,8 @@ class KernelRow:
 # and reciprocal square root of the card, 2 ulp each, are what is left.
 ROUNDED = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 ROUNDED_TWICE = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 8e-4}
-"""The gradient of x·Aᵀ is formed from gradients that are rounded already, and rounded itself; adapters too large to
-be fused are added in a pass that rounds once more. Few elements do not average the errors."""
+"""The gradient of x·Aᵀ is formed from gradients that are rounded already, and rounded itself, and so is act·Aᵀ;
+adapters too large to be fused are added in a pass that rounds once more. Few elements do not average the errors."""
 # A moment at the edge of two codes may take the other one, which is a hundredth of a code or less over a few hundred
 # elements; parameters in bfloat16 are rounded by up to a whole unit in the last place, 2^-7.
 IN_8_BITS = {torch.float32: 1e-3, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -364,7 +364,7 @@ def _qkv_columns(size: Size) -> int:
 # ---------------------------------------------------------------------- gated linear unit
 
 
-def _glu_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
+def _gate_up_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
     tokens, rank, gated = size["tokens"], size.get("rank", 0), not size.get("plain", False)
     columns = (1 + gated) * size["inner"]
     return {
@@ -378,17 +378,26 @@ def _glu_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
     }
 
 
+def _glu_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
+    tokens, inner, down = size["tokens"], size["inner"], size.get("down_rank", 0)
+    return {
+        **_gate_up_cases(size, dtype, device),
+        "down_a_RI": _normal((down, inner), dtype, device) if down else None,
+        "down_u_TR": torch.zeros((tokens, down), dtype=dtype, device=device) if down else None,
+    }
+
+
 def _glu_cost(size: Size, itemsize: int) -> Cost:
-    tokens, inner, rank = size["tokens"], size["inner"], size.get("rank", 0)
+    tokens, inner, rank, down = size["tokens"], size["inner"], size.get("rank", 0), size.get("down_rank", 0)
     parts = 1 if size.get("plain") else 2
-    elements = (1 + parts) * tokens * inner + parts * rank * (tokens + inner)
-    return Cost(elements * itemsize, tokens * inner * (4 + 4 * rank))
+    elements = (1 + parts) * tokens * inner + (parts * rank + down) * (tokens + inner)
+    return Cost(elements * itemsize, tokens * inner * (4 + 4 * rank + 2 * down))
 
 
 def _glu_backward_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
     tokens, inner, down = size["tokens"], size["inner"], size.get("down_rank", 0)
     return {
-        **_glu_cases(size, dtype, device),
+        **_gate_up_cases(size, dtype, device),
         "grad_act_TI": _normal((tokens, inner), dtype, device, size.get("pad", 0)),
         "down_dxa_TR": _normal((tokens, down), dtype, device) if down else None,
         "down_a_RI": _normal((down, inner), dtype, device) if down else None,
@@ -785,10 +794,18 @@ CATALOG: dict[str, KernelRow] = {
                 {"tokens": 37, "inner": 150, "plain": True, "activation": "gelu", "rank": 5},
                 {"tokens": 37, "inner": 150, "shared": True, "rank": 5},
                 {"tokens": 3, "inner": 30, "plain": True, "rank": 150},
+                {"tokens": 37, "inner": 150, "rank": 5, "down_rank": 3},
+                {"tokens": 67, "inner": 200, "rank": 16, "down_rank": 16, "pad": 8},
+                {"tokens": 5, "inner": 150, "plain": True, "activation": "gelu_tanh", "down_rank": 16},
+                {"tokens": 3, "inner": 30, "rank": 4, "down_rank": 150},
+                {"tokens": 3, "inner": 30, "rank": 150, "down_rank": 4},
             ),
             large=(
                 {"tokens": 8192, "inner": 14336},
                 {"tokens": 8192, "inner": 14336, "rank": 16},
+                {"tokens": 8192, "inner": 14336, "rank": 16, "down_rank": 16},
+                {"tokens": 8192, "inner": 17920, "shared": True, "rank": 16, "down_rank": 16},
+                {"tokens": 8192, "inner": 14336, "rank": 64, "down_rank": 64},
                 {"tokens": 8192, "inner": 14336, "rank": 64},
                 {"tokens": 2048, "inner": 14336, "rank": 256},
                 {"tokens": 8192, "inner": 1536, "rank": 16},
@@ -796,8 +813,9 @@ CATALOG: dict[str, KernelRow] = {
                 {"tokens": 8192, "inner": 17920, "shared": True, "rank": 16},
                 {"tokens": 8192, "inner": 12288, "plain": True, "activation": "gelu_tanh", "rank": 16},
             ),
-            tolerances=ROUNDED,
+            tolerances=ROUNDED_TWICE,
             cost=_glu_cost,
+            mutates=("down_u_TR",),
         ),
         KernelRow(
             name="glu_backward_",

@@ -3,6 +3,7 @@ activation of a buffer without gate.
 
     g = gate + scale · xa_g · B_gᵀ,  u = up + scale · xa_u · B_uᵀ        in float32, where there are adapters
     act = f(g) · u                                                       f(g) where the buffer has no gate
+    down_u = act · down_Aᵀ                                               what the down projection's adapter reads
 
 The base GEMM writes `[gate | up]` once, and the pass that the activation needs anyway adds the adapters: an
 `addmm_` on that buffer costs as much as the whole pass (514 µs at 8,192 × 28,672 on one H100). Backward works in
@@ -94,11 +95,13 @@ def _activate(x, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @jit(do_not_specialize=["tokens", "scale", "tiles", "splits"])
 def _forward_kernel(  # type: ignore[no-untyped-def]
-    gate_up, out, xa, b, tokens, inner, tiles, splits, gate_up_row, out_row, xa_row, b_row, scale,
+    gate_up, out, xa, b, down_a, down_u,
+    tokens, inner, tiles, splits, gate_up_row, out_row, xa_row, b_row, down_a_row, scale,
     ACT: tl.constexpr, GATED: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, XA_STEP: tl.constexpr,
+    DOWN_RANK: tl.constexpr, DOWN_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # A program walks `tiles` blocks of columns of its tokens
+    # A program walks `tiles` blocks of columns of its tokens; down_u is [S, T, DOWN_RANK]
     row = (tl.program_id(0) // splits) * ROWS + tl.arange(0, ROWS)
     row_live = row < tokens
     at = row.to(tl.int64)
@@ -109,6 +112,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         xa_g = tl.load(xa + xa_at[:, None] + rank, mask=rank_live, other=0.0)
         if GATED:
             xa_u = tl.load(xa + xa_at[:, None] + XA_STEP + rank, mask=rank_live, other=0.0)
+    down_rank = tl.arange(0, DOWN_BLOCK)
+    sums = tl.zeros((ROWS, DOWN_BLOCK), tl.float32)
     first = (tl.program_id(0) % splits) * tiles
     for nth in tl.range(0, tl.minimum(tiles, tl.cdiv(inner, COLS) - first), num_stages=STAGES):
         col = (first + nth) * COLS + tl.arange(0, COLS)
@@ -136,7 +141,16 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         value, _ = _activate(g, ACT)
         if GATED:
             value *= u
-        tl.store(out + at[:, None] * out_row + col[None, :], value.to(out.dtype.element_ty), mask=live)
+        act = value.to(out.dtype.element_ty)
+        tl.store(out + at[:, None] * out_row + col[None, :], act, mask=live)
+        if DOWN_RANK > 0:
+            a_live = (down_rank < DOWN_RANK)[:, None] & col_live[None, :]
+            a = tl.load(down_a + down_rank[:, None] * down_a_row + col[None, :], mask=a_live, other=0.0)
+            sums = dot(act, tl.trans(a), sums)
+    if DOWN_RANK > 0:
+        sum_at = ((tl.program_id(0) % splits).to(tl.int64) * tokens + at)[:, None] * DOWN_RANK + down_rank[None, :]
+        sum_live = row_live[:, None] & (down_rank < DOWN_RANK)[None, :]
+        tl.store(down_u + sum_at, sums.to(down_u.dtype.element_ty), mask=sum_live)
 
 
 @jit(do_not_specialize=["tokens"])
@@ -299,25 +313,52 @@ def _tile(inner: int) -> tuple[int, int]:
 
 
 def _forward(
-    gate_up_TN: Tensor, activation: str, gated: bool, adapter: _Adapter | None, out_TI: Tensor
+    gate_up_TN: Tensor,
+    activation: str,
+    gated: bool,
+    adapter: _Adapter | None,
+    out_TI: Tensor,
+    down: _Pair | None,
 ) -> None:
+    """Args:
+    down: A of the down projection, and where act · Aᵀ goes.
+    """
     tokens, inner = out_TI.shape
     used = adapter or _Adapter(gate_up_TN, gate_up_TN, 0, 1.0)
     xa, b, rank, scale = used
-    if adapter is None:
+    down_a, down_u = down or (gate_up_TN, gate_up_TN)
+    down_rank = 0 if down is None else down_a.shape[0]
+    if adapter is None and down is None:
         rows, cols = _tile(inner)
         splits, tiles, stages, warps = -(-inner // cols), 1, 1, 4
     else:
-        rows, cols, warps = ADAPTER_ROWS, ADAPTER_COLUMNS[rank <= NARROW_RANK], FORWARD_WARPS
+        widest = max(rank, down_rank)
+        rows, cols, warps = ADAPTER_ROWS, ADAPTER_COLUMNS[widest <= NARROW_RANK], FORWARD_WARPS
         splits, tiles = column_splits(
             -(-tokens // rows), -(-inner // cols), FORWARD_PROGRAMS * multiprocessors(gate_up_TN)
         )
-        stages = _stages(gate_up_TN.dtype, rank, FORWARD_STAGES)
+        stages = _stages(gate_up_TN.dtype, widest, FORWARD_STAGES)
+    sums = down_u
+    if down is not None and splits > 1:
+        sums = torch.empty((splits, tokens, down_rank), dtype=torch.float32, device=gate_up_TN.device)
     launch(
-        _forward_kernel, (-(-tokens // rows) * splits,), gate_up_TN, out_TI, xa, b,
-        tokens, inner, tiles, splits, gate_up_TN.stride(0), out_TI.stride(0), xa.stride(0), b.stride(0), scale,
+        _forward_kernel, (-(-tokens // rows) * splits,), gate_up_TN, out_TI, xa, b, down_a, sums,
+        tokens, inner, tiles, splits, gate_up_TN.stride(0), out_TI.stride(0), xa.stride(0), b.stride(0),
+        down_a.stride(0), scale,
         ACT=activation, GATED=gated, RANK=rank, RANK_BLOCK=rank_block(rank, gate_up_TN.dtype), XA_STEP=used.step,
+        DOWN_RANK=down_rank, DOWN_BLOCK=rank_block(down_rank, gate_up_TN.dtype),
         ROWS=rows, COLS=cols, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    if down is not None and splits > 1:
+        _sum_splits(sums, down_u)
+
+
+def _sum_splits(sums_STR: Tensor, out_TR: Tensor) -> None:
+    """The sum over splits, rounded once."""
+    count = out_TR.numel()
+    launch(
+        _sum_splits_kernel, (-(-count // SUM_BLOCK),), sums_STR, out_TR, count, sums_STR.shape[0],
+        BLOCK=SUM_BLOCK, num_warps=4,
     )  # fmt: skip
 
 
@@ -374,11 +415,7 @@ def _adapter_backward(
         num_warps=BACKWARD_WARPS,
     )  # fmt: skip
     if reduce and splits > 1:
-        count = grad_xa_TR.numel()
-        launch(
-            _sum_splits_kernel, (-(-count // SUM_BLOCK),), sums, grad_xa_TR, count, splits,
-            BLOCK=SUM_BLOCK, num_warps=4,
-        )  # fmt: skip
+        _sum_splits(sums, grad_xa_TR)
     if adapter is None:
         return None
     return grad_xa_TR if reduce else _grad_xa(gate_up_TN, adapter, gated)
@@ -513,12 +550,20 @@ def glu_reference(
     rank: int = 0,
     scale: float = 1.0,
     out_TI: Tensor | None = None,
+    down_a_RI: Tensor | None = None,
+    down_u_TR: Tensor | None = None,
 ) -> Tensor:
     """`glu` in plain torch."""
     gate_TI, up_TI = _gate_and_up(gate_up_TN, _adapter(xa_TR, b_NR, rank, scale), gated)
     value_TI = ACTIVATIONS[activation](gate_TI)[0]
     act_TI = (value_TI if up_TI is None else value_TI * up_TI).to(gate_up_TN.dtype)
+    if down_a_RI is not None and down_u_TR is not None:
+        _down(act_TI, down_a_RI, down_u_TR)
     return act_TI if out_TI is None else out_TI.copy_(act_TI)
+
+
+def _down(act_TI: Tensor, down_a_RI: Tensor, down_u_TR: Tensor) -> None:
+    down_u_TR.copy_(act_TI @ down_a_RI.to(act_TI.dtype).T)
 
 
 def glu_backward_reference_(
@@ -568,6 +613,8 @@ def glu(
     rank: int = 0,
     scale: float = 1.0,
     out_TI: Tensor | None = None,
+    down_a_RI: Tensor | None = None,
+    down_u_TR: Tensor | None = None,
 ) -> Tensor:
     """f(gate) · up, the adapters of both added first where given.
 
@@ -581,6 +628,8 @@ def glu(
         rank: rank of each of the two adapters.
         scale: factor on the adapters' products.
         out_TI: where the result goes; rows may be strided.
+        down_a_RI: `[r, I]`, A of the down projection; with it comes
+        down_u_TR: `[T, r]`, contiguous: where the result times down_Aᵀ goes, summed in float32.
 
     Returns:
         `act_TI` in the type of `gate_up_TN`, which is `out_TI` where given. Not recorded by autograd.
@@ -588,9 +637,10 @@ def glu(
     if not use_triton(gate_up_TN, "glu"):
         return glu_reference(
             gate_up_TN, activation=activation, gated=gated, xa_TR=xa_TR, b_NR=b_NR, rank=rank, scale=scale,
-            out_TI=out_TI,
+            out_TI=out_TI, down_a_RI=down_a_RI, down_u_TR=down_u_TR,
         )  # fmt: skip
     assert activation in ACTIVATIONS
+    assert (down_a_RI is None) == (down_u_TR is None)
     tokens, columns = gate_up_TN.shape
     act_TI = out_TI
     if act_TI is None:
@@ -603,7 +653,15 @@ def glu(
         gate_up_TN = gate_up_TN.clone()
         _add_adapter_(gate_up_TN, adapter, gated)
         adapter = None
-    _forward(gate_up_TN, activation, gated, adapter, act_TI)
+    down = None
+    if down_a_RI is not None and down_u_TR is not None:
+        assert down_a_RI.stride(1) == 1
+        assert down_u_TR.is_contiguous()
+        if down_a_RI.shape[0] <= max_rank(gate_up_TN.dtype):
+            down = (down_a_RI, down_u_TR)
+    _forward(gate_up_TN, activation, gated, adapter, act_TI, down)
+    if down is None and down_a_RI is not None and down_u_TR is not None:
+        _down(act_TI, down_a_RI, down_u_TR)
     return act_TI
 
 

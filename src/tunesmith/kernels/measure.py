@@ -32,7 +32,8 @@ def results(function: Any, row: KernelRow, inputs: Inputs) -> list[Tensor]:
     """What the function returns and then what it has written, tensors only."""
     returned = function(**inputs)
     returned = returned if isinstance(returned, tuple) else (returned,)
-    return [t for t in returned if t is not None] + [inputs[name] for name in row.mutates]
+    written = [inputs[name] for name in row.mutates]
+    return [t for t in (*returned, *written) if t is not None]
 
 
 def error(ours: Tensor, exact: Tensor) -> float:

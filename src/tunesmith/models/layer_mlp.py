@@ -63,10 +63,16 @@ def _activation_arguments(call: LayerCall, stash: Stash, operands: AllOperands) 
 
 
 def _activated(call: LayerCall, stash: Stash, operands: AllOperands) -> Tensor:
-    """What the down projection reads `[T, I]`, in rows with room for its u; goes into the stash."""
-    gate_up_TN, inner, room = stash.large["gate_up"], call.groups.down.inputs, beside(call.groups.down)
-    act_TI = gate_up_TN.new_empty(gate_up_TN.shape[0], inner + room)[:, :inner]
-    stash.large["act"] = glu(gate_up_TN, **_activation_arguments(call, stash, operands), out_TI=act_TI)
+    """What the down projection reads `[T, I]`, in rows with room for its u; goes into the stash, and so does u where
+    no dropout stands between."""
+    gate_up_TN, group = stash.large["gate_up"], call.groups.down
+    act_TI = gate_up_TN.new_empty(gate_up_TN.shape[0], group.inputs + beside(group))[:, : group.inputs]
+    arguments = _activation_arguments(call, stash, operands)
+    if operands.down is not None and group.dropout == 0.0 and "u_down" not in stash.small:
+        a_QK = operands.down.a_QK
+        stash.small["u_down"] = gate_up_TN.new_empty(gate_up_TN.shape[0], a_QK.shape[0])
+        arguments |= {"down_a_RI": a_QK, "down_u_TR": stash.small["u_down"]}
+    stash.large["act"] = glu(gate_up_TN, **arguments, out_TI=act_TI)
     return act_TI
 
 

@@ -163,7 +163,10 @@ class LayerAmounts:
         single = 3.0
         if self._ranks(name):
             if not again:
-                found += self._pass(rows * layer.matrices[name][1], 2) + self._masks(name, rows)
+                # the activation's kernel computes the down projection's u, in parts that a second one adds
+                fused = name == "down" and not self.work.dropout
+                found += self._pass(0 if fused else rows * layer.matrices[name][1], 1 if fused else 2)
+                found += self._masks(name, rows)
             if self.work.quantize == "none" or self.work.dropout:
                 single = 4.0  # the product waits in float32
         return found + self._pass(single * rows * layer.hidden, 2 if layer.norms[place] else 1)

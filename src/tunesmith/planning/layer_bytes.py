@@ -16,7 +16,7 @@ from tunesmith.planning.facts import LayerFacts, Work
 from tunesmith.planning.layer_sizes import FLOAT, Sizes
 from tunesmith.planning.policies import HELD, Held
 from tunesmith.planning.tape import Tape, rounded
-from tunesmith.planning.workspaces import NORM_PROGRAMS, attention_workspace, glu_splits
+from tunesmith.planning.workspaces import NORM_PROGRAMS, attention_workspace, glu_forward_splits, glu_splits
 
 STAGES: Mapping[str, tuple[str, ...]] = {
     "qkv": ("qkv",),
@@ -149,8 +149,14 @@ class _Layer:
         self.tape.drop("normed")
 
     def activate(self) -> None:
-        """What the down projection reads."""
-        self.tape.make("act", self.sizes.rows(self.layer.inner + self.sizes.beside("down")))
+        """What the down projection reads, and its u, which leaves the kernel in parts."""
+        sizes, tape, layer = self.sizes, self.tape, self.layer
+        tape.make("act", sizes.rows(layer.inner + sizes.beside("down")))
+        if sizes.adapted("down") and not self.work.dropout and not tape.has("u.down"):
+            tape.make("u.down", sizes.rows(sizes.ranks("down")))
+            splits = glu_forward_splits(sizes.work.tokens, layer.inner, self.work.rank)
+            if splits > 1:
+                tape.brief(splits * sizes.floats(sizes.ranks("down")))
 
     # ------------------------------------------------------------------ forward
 

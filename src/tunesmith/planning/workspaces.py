@@ -12,13 +12,23 @@ MULTIPROCESSORS = 132
 """Of the card that kernels share their work out for; it decides on kilobytes."""
 NORM_PROGRAMS = 4 * MULTIPROCESSORS
 """Of a norm's backward, each with a row of its own for the weight's gradient."""
-_GLU_ROWS, _GLU_COLUMNS, _NARROW_RANK, _GLU_PROGRAMS = 64, {True: 64, False: 32}, 16, 3
+_GLU_ROWS, _GLU_COLUMNS, _NARROW_RANK = 64, {True: 64, False: 32}, 16
+_GLU_PROGRAMS, _GLU_FORWARD_PROGRAMS = 3, 32
 
 
 def glu_splits(tokens: int, inner: int, rank: int) -> int:
     """Parts in which the activation's backward kernel sums ∂u, as `kernels.glu` has it."""
+    return _splits(tokens, inner, rank, _GLU_PROGRAMS)
+
+
+def glu_forward_splits(tokens: int, inner: int, rank: int) -> int:
+    """Parts in which the activation's kernel sums the down projection's u."""
+    return _splits(tokens, inner, rank, _GLU_FORWARD_PROGRAMS)
+
+
+def _splits(tokens: int, inner: int, rank: int, programs: int) -> int:
     blocks = -(-inner // _GLU_COLUMNS[rank <= _NARROW_RANK])
-    wanted = -(-_GLU_PROGRAMS * MULTIPROCESSORS // max(1, -(-tokens // _GLU_ROWS)))
+    wanted = -(-programs * MULTIPROCESSORS // max(1, -(-tokens // _GLU_ROWS)))
     tiles = -(-blocks // max(1, min(wanted, blocks)))
     return -(-blocks // tiles)
 
