@@ -83,9 +83,9 @@ class Gemms(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("policy", "again", "gemms"),
     [
-        # products with weights: 4 forward, 4 backward; with ranks: u of output (that of down falls out of the
-        # activation's kernel), ∂u of q, k, v and of output and down (that of gate and up likewise), ∂A of four groups,
-        # ∂B of seven projections, and ∂u A of the output
+        # products with weights: 4 forward, 4 backward; with ranks: u of output (the activation's kernel makes that of
+        # down), ∂u of q, k, v and of output and down (it makes that of gate and up), ∂A of four groups, ∂B of seven
+        # projections, and ∂u A of the output
         ("keep", [], 4 + 4 + 1 + 3 + 2 + 4 + 7 + 1),
         ("recompute_gate_up", FORWARD[3:4], 1 + 4 + 4 + 1 + 3 + 2 + 4 + 7 + 1),
         ("recompute_projections", FORWARD[:2] + FORWARD[3:4], 2 + 4 + 4 + 1 + 3 + 2 + 4 + 7 + 1),

@@ -148,7 +148,9 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             a = tl.load(down_a + down_rank[:, None] * down_a_row + col[None, :], mask=a_live, other=0.0)
             sums = dot(act, tl.trans(a), sums)
     if DOWN_RANK > 0:
-        sum_at = ((tl.program_id(0) % splits).to(tl.int64) * tokens + at)[:, None] * DOWN_RANK + down_rank[None, :]
+        sum_at = ((tl.program_id(0) % splits).to(tl.int64) * tokens + at)[:, None] * DOWN_RANK + down_rank[
+            None, :
+        ]
         sum_live = row_live[:, None] & (down_rank < DOWN_RANK)[None, :]
         tl.store(down_u + sum_at, sums.to(down_u.dtype.element_ty), mask=sum_live)
 
