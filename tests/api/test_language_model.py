@@ -384,6 +384,19 @@ def test_what_is_kept(tiny_model_dir: Path, value: bool | str, recomputes: bool)
     assert model.get_base_model().is_gradient_checkpointing == recomputes
 
 
+def test_nothing_is_measured_where_there_is_no_choice(tiny_model_dir: Path, monkeypatch) -> None:
+    """Stock layers have one policy that moves or recomputes, so that no forward pass need tell."""
+
+    def measured(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(memory, "policy_costs", measured)
+    model = adapted(tiny_model_dir, use_gradient_checkpointing="unsloth")
+    assert model.get_base_model().is_gradient_checkpointing
+    with pytest.raises(AssertionError):
+        FastLanguageModel.for_training(model, use_gradient_checkpointing="auto")
+
+
 def test_auto_recomputes_what_does_not_fit(tiny_model_dir: Path, monkeypatch) -> None:
     gradient_and_moments = 4096 * 12
     for free, recomputes in ((gradient_and_moments + 10**5, True), (gradient_and_moments + 10**8, False)):

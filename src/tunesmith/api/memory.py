@@ -25,7 +25,7 @@ from tunesmith.models.device_memory import room_of
 from tunesmith.models.head import CausalModel
 from tunesmith.models.policy import OF_TOKENS, POLICIES
 from tunesmith.models.probe import fixed_bytes, policy_costs
-from tunesmith.planning.fit import fit_micro_batch
+from tunesmith.planning.fit import STOCK_POLICIES, fit_micro_batch
 from tunesmith.planning.host import free_host_memory
 
 CHECKPOINTING: dict[bool | str, tuple[str, ...]] = {
@@ -69,7 +69,10 @@ def attach_with(model: Any, checkpointing: Any, *, tokens: int) -> Attached:
 
 
 def fit_policy(model: Any, attached: Attached, policies: Sequence[str], tokens: int) -> None:
-    """Set the only one of `policies`, or the fastest under which a micro-batch of so many tokens fits."""
+    """Set the only one of `policies` that the layers have, or the fastest under which a micro-batch of so many tokens
+    fits."""
+    if attached.installed is None or not attached.installed.fused:
+        policies = [policy for policy in policies if policy in STOCK_POLICIES]
     set_policy(
         model, attached, policies[0] if len(policies) == 1 else fitting(model, attached, policies, tokens)
     )

@@ -214,13 +214,13 @@ class Frame:
         """What the policies make of the layers."""
         return [self.ways[kind][name] for kind, name in zip(self.kinds, policies, strict=True)]
 
-    def passing_peak(self, policies: Sequence[str]) -> int:
-        """The most bytes of what a step makes, gradients included, and weights that are held unpacked not."""
+    def above(self, policies: Sequence[str]) -> int:
+        """The most bytes of the device beside those that are always there."""
         needs = (
             held + own + bare.moment.passing + bare.moment.gradients
             for bare, held, own in self._walk(policies)
         )
-        return max(self.fixed.gradients, *needs)
+        return self.unpacked(policies) + max(self.fixed.gradients, *needs)
 
     def moments(self, policies: Sequence[str]) -> list[Moment]:
         """What is alive at the peak of each stretch of a micro-batch, as `bytes.timeline` has it for fused layers."""
@@ -247,7 +247,7 @@ class Frame:
 
     def peak(self, policies: Sequence[str]) -> int:
         """The most bytes of the device, as `bytes.peak_bytes` has them for fused layers."""
-        return self.standing + self.unpacked(policies) + self.passing_peak(policies)
+        return self.standing + self.above(policies)
 
     def unpacked(self, policies: Sequence[str]) -> int:
         """Bytes of 4-bit weights that layers hold unpacked."""

@@ -209,8 +209,7 @@ def _lean_first(frame: Frame, prefix: Prefix, rest: Sequence[str], room: int) ->
             for place, name in zip(places, names, strict=True):
                 ordered[place] = name
         policies = [*prefix.policies, *ordered]
-        fits = frame.unpacked(policies) + frame.passing_peak(policies) <= room
-        if fits and frame.layers_seconds(policies) <= longest:
+        if frame.above(policies) <= room and frame.layers_seconds(policies) <= longest:
             return policies
     return first
 
@@ -241,7 +240,7 @@ def _unpacked(frame: Frame, room: int, limit: float) -> Iterator[Sequence[str]]:
     if found is None:
         return
     policies = _lean_first(frame, Prefix(frame), found[1], room)
-    if frame.unpacked(policies) + frame.passing_peak(policies) <= room:
+    if frame.above(policies) <= room:
         yield policies
         return
     for count in range(frame.count, 0, -1):

@@ -158,9 +158,8 @@ class MemorySettings(Section):
     `keep_offload_all`: what `keep` holds, all of it in host memory, for rows so long that layers take as long as the
     copies. `auto`: on a GPU with fused layers one for each layer, such that a step takes the least time within
     `budget`, and where there is room for it 4-bit weights stay unpacked from step to step (`keep_unpacked` and
-    `keep_all_unpacked` in plans);
-    elsewhere the first of them under which a row fits. All but `keep` and `recompute` need a GPU and fused
-    layers."""
+    `keep_all_unpacked` in plans); elsewhere the first of them under which a row fits. All but `keep` and `recompute`
+    need a GPU and fused layers."""
     embedding: Literal["auto", "device", "host"] = "auto"
     """Where the input embedding lies: on the `device`, or in pinned memory of the `host`, from where a step reads the
     rows of its tokens; of a 70B model that frees 2 GiB. `auto`: where a step is faster within `budget`. The host is
