@@ -18,7 +18,7 @@ from tunesmith.kernels import glu, launch, residual, rms_norm, rope
 from tunesmith.models.install import install
 
 SHORT = [5, 1, 9, 1]
-SHAPE = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 6, "num_key_value_heads": 2}
+SHAPE = {"hidden_size": 48, "intermediate_size": 208, "num_attention_heads": 6, "num_key_value_heads": 2}
 MODULES = (glu, residual, rms_norm, rope)
 """Where the kernels of a layer over weights in 16 or 32 bits are."""
 

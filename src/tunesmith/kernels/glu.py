@@ -60,7 +60,13 @@ that (one stage) loads and products wait for each other. Measured on one H100 at
 16, milliseconds: backward 1.12 with one stage of 64 × 32, 0.78 with four, 0.73 with 64 × 64, 8 warps and three, 0.68
 as here, where copying the same bytes takes 0.47; forward 0.45 with one stage of 64 × 32, 0.35 as here against 0.24.
 Backward has few programs because each leaves a partial sum of the reduction to the adapters' rank."""
+PARTS_SHARE = 1 / 3
+"""Of the bytes of act, what the parts of act · down_Aᵀ may take, written and read in float32: the GEMM that they stand
+for is one pass over act. On one H100 at 8,192 tokens of the 8B shape the kernel takes 0.023 ms more with them at rank
+16, where the GEMM takes 0.08; fewer programs than `FORWARD_PROGRAMS` keep other sizes within the share."""
 SUM_BLOCK = 512
+FLOAT = 4
+"""Bytes of an element of a partial sum."""
 LARGEST_FUSED_RANK = 64
 """Adapters of a larger rank are added by GEMMs in passes of their own: at rank 256 the products cost more than the
 pass that fusing saves, and the kernel with their loops read out of bounds on an H100 under Triton 3.6."""
@@ -314,6 +320,16 @@ def _tile(inner: int) -> tuple[int, int]:
     return TILE // cols, cols
 
 
+def _forward_splits(gate_up_TN: Tensor, inner: int, rank: int, down_rank: int) -> tuple[int, int]:
+    """Parts of the columns, and tiles of each."""
+    rows, columns = -(-gate_up_TN.shape[0] // ADAPTER_ROWS), ADAPTER_COLUMNS[max(rank, down_rank) <= NARROW_RANK]
+    programs = FORWARD_PROGRAMS * multiprocessors(gate_up_TN)
+    if down_rank:
+        parts = int(PARTS_SHARE * inner * gate_up_TN.element_size()) // (2 * FLOAT * down_rank)
+        programs = min(programs, max(1, parts) * rows)
+    return column_splits(rows, -(-inner // columns), programs)
+
+
 def _forward(
     gate_up_TN: Tensor,
     activation: str,
@@ -322,9 +338,7 @@ def _forward(
     out_TI: Tensor,
     down: _Pair | None,
 ) -> None:
-    """Args:
-    down: A of the down projection, and where act · Aᵀ goes.
-    """
+    """The kernel that fits; `down` is A of the down projection and where act · Aᵀ goes."""
     tokens, inner = out_TI.shape
     used = adapter or _Adapter(gate_up_TN, gate_up_TN, 0, 1.0)
     xa, b, rank, scale = used
@@ -336,9 +350,7 @@ def _forward(
     else:
         widest = max(rank, down_rank)
         rows, cols, warps = ADAPTER_ROWS, ADAPTER_COLUMNS[widest <= NARROW_RANK], FORWARD_WARPS
-        splits, tiles = column_splits(
-            -(-tokens // rows), -(-inner // cols), FORWARD_PROGRAMS * multiprocessors(gate_up_TN)
-        )
+        splits, tiles = _forward_splits(gate_up_TN, inner, rank, down_rank)
         stages = _stages(gate_up_TN.dtype, widest, FORWARD_STAGES)
     sums = down_u
     if down is not None and splits > 1:
@@ -560,12 +572,8 @@ def glu_reference(
     value_TI = ACTIVATIONS[activation](gate_TI)[0]
     act_TI = (value_TI if up_TI is None else value_TI * up_TI).to(gate_up_TN.dtype)
     if down_a_RI is not None and down_u_TR is not None:
-        _down(act_TI, down_a_RI, down_u_TR)
+        down_u_TR.copy_(act_TI @ down_a_RI.to(act_TI.dtype).T)
     return act_TI if out_TI is None else out_TI.copy_(act_TI)
-
-
-def _down(act_TI: Tensor, down_a_RI: Tensor, down_u_TR: Tensor) -> None:
-    down_u_TR.copy_(act_TI @ down_a_RI.to(act_TI.dtype).T)
 
 
 def glu_backward_reference_(
@@ -663,7 +671,7 @@ def glu(
             down = (down_a_RI, down_u_TR)
     _forward(gate_up_TN, activation, gated, adapter, act_TI, down)
     if down is None and down_a_RI is not None and down_u_TR is not None:
-        _down(act_TI, down_a_RI, down_u_TR)
+        torch.mm(act_TI, down_a_RI.to(act_TI.dtype).T, out=down_u_TR)
     return act_TI
 
 

@@ -22,8 +22,9 @@ from functools import lru_cache
 
 from tunesmith.planning.facts import LayerFacts, Work
 from tunesmith.planning.layer_bytes import streams_again
-from tunesmith.planning.layer_sizes import Sizes
+from tunesmith.planning.layer_sizes import FLOAT, Sizes
 from tunesmith.planning.policies import Held
+from tunesmith.planning.workspaces import glu_forward_splits
 
 EXTRA_KEYS = (250, 670)
 """Forward and backward. cuDNN on one H100 reaches 569 / 441 TFLOP/s on documents of 4,096 and 324 / 162 on 512, which
@@ -42,8 +43,8 @@ CAPPED_SHARES = (0.69, 0.35)
 0.69 and 4.55 ms a layer in a profiled Gemma 2 step of 8,192 tokens."""
 
 ADAPTER_PASSES = 1.2
-"""What passes that add an adapter's u B of rank 16 take, against those that do not: 1.5 for RoPE, 1.1 for the gated
-unit and 1.2 for its backward (the table of kernels there)."""
+"""What passes that add an adapter's u B of rank 16 take, against those that do not: 1.5 for RoPE, 1.2 for the gated
+unit, which computes the u behind it too, and for its backward (the table of kernels there)."""
 
 HELD_BYTES = {"nf4": 0.5 + 1 / 64, "int8": 1.0}
 """Of an element of a quantised weight, scales included."""
@@ -163,13 +164,20 @@ class LayerAmounts:
         single = 3.0
         if self._ranks(name):
             if not again:
-                # the activation's kernel computes the down projection's u, in parts that a second one adds
-                fused = name == "down" and not self.work.dropout
-                found += self._pass(0 if fused else rows * layer.matrices[name][1], 1 if fused else 2)
-                found += self._masks(name, rows)
+                found += self._u(name) + self._masks(name, rows)
             if self.work.quantize == "none" or self.work.dropout:
                 single = 4.0  # the product waits in float32
         return found + self._pass(single * rows * layer.hidden, 2 if layer.norms[place] else 1)
+
+    def _u(self, name: str) -> Amount:
+        """The adapter's u: a GEMM, or parts of it that the activation's kernel leaves and another one adds."""
+        layer, work, rows, ranks = self.layer, self.work, self.rows, self._ranks(name)
+        parts = 0
+        if name == "down" and not work.dropout:
+            parts = glu_forward_splits(rows, layer.inner, ranks, work.itemsize)
+        if parts:
+            return Amount(moved=2.0 * FLOAT * parts * rows * ranks, kernels=1)
+        return self._pass(rows * layer.matrices[name][1], 2)
 
     def qkv(self, *, again: bool = False) -> Amount:
         """q, k and v as they are kept.

@@ -154,7 +154,8 @@ class _Layer:
         tape.make("act", sizes.rows(layer.inner + sizes.beside("down")))
         if sizes.adapted("down") and not self.work.dropout and not tape.has("u.down"):
             tape.make("u.down", sizes.rows(sizes.ranks("down")))
-            splits = glu_forward_splits(sizes.work.tokens, layer.inner, self.work.rank)
+            work = sizes.work
+            splits = glu_forward_splits(work.tokens, layer.inner, sizes.ranks("down"), work.itemsize)
             if splits > 1:
                 tape.brief(splits * sizes.floats(sizes.ranks("down")))
 

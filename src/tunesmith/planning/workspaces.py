@@ -13,22 +13,28 @@ MULTIPROCESSORS = 132
 NORM_PROGRAMS = 4 * MULTIPROCESSORS
 """Of a norm's backward, each with a row of its own for the weight's gradient."""
 _GLU_ROWS, _GLU_COLUMNS, _NARROW_RANK = 64, {True: 64, False: 32}, 16
-_GLU_PROGRAMS, _GLU_FORWARD_PROGRAMS = 3, 32
+_GLU_PROGRAMS, _GLU_FORWARD_PROGRAMS, _PARTS_SHARE = 3, 32, 1 / 3
+_FUSED_RANK = {2: 64, 4: 16}
+"""Largest rank whose products the activation's kernels sum, by bytes of an element."""
 
 
 def glu_splits(tokens: int, inner: int, rank: int) -> int:
     """Parts in which the activation's backward kernel sums ∂u, as `kernels.glu` has it."""
-    return _splits(tokens, inner, rank, _GLU_PROGRAMS)
+    return _splits(tokens, inner, rank, _GLU_PROGRAMS * MULTIPROCESSORS)
 
 
-def glu_forward_splits(tokens: int, inner: int, rank: int) -> int:
-    """Parts in which the activation's kernel sums the down projection's u."""
-    return _splits(tokens, inner, rank, _GLU_FORWARD_PROGRAMS)
+def glu_forward_splits(tokens: int, inner: int, rank: int, itemsize: int) -> int:
+    """Parts in which the activation's kernel sums the down projection's u, 0 where a GEMM computes it."""
+    if rank > _FUSED_RANK[itemsize]:
+        return 0
+    parts = int(_PARTS_SHARE * inner * itemsize) // (2 * FLOAT * rank)
+    rows = -(-tokens // _GLU_ROWS)
+    return _splits(tokens, inner, rank, min(_GLU_FORWARD_PROGRAMS * MULTIPROCESSORS, max(1, parts) * rows))
 
 
 def _splits(tokens: int, inner: int, rank: int, programs: int) -> int:
     blocks = -(-inner // _GLU_COLUMNS[rank <= _NARROW_RANK])
-    wanted = -(-programs * MULTIPROCESSORS // max(1, -(-tokens // _GLU_ROWS)))
+    wanted = -(-programs // max(1, -(-tokens // _GLU_ROWS)))
     tiles = -(-blocks // max(1, min(wanted, blocks)))
     return -(-blocks // tiles)
 
