@@ -63,11 +63,25 @@ def test_no_tokens_are_no_launch(launches):
     )
     assert weight.tolist() == [0.0] * 8
     glu.glu(torch.zeros(0, 8))
+    glu.glu(torch.zeros(0, 8), down_a_RI=torch.zeros(2, 4), down_u_TR=torch.zeros(0, 2))
     adapter = {"xa_TR": torch.zeros(0, 4), "b_NR": torch.zeros(8, 2), "rank": 2}
     assert glu.glu_backward_(torch.zeros(0, 8), torch.zeros(0, 4), **adapter).shape == (0, 4)
     rope.rope_qkv_(torch.zeros(0, 32), torch.zeros(0, 8), torch.zeros(0, 8), heads=2, kv_heads=1, head_dim=8)
     assert cross_entropy.softmax_gradient_(torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64)).shape == (0,)
     assert gather_rows.gather_rows(torch.zeros(3, 8), torch.zeros(0, dtype=torch.int64)).shape == (0, 8)
+
+
+@pytest.mark.parametrize(("programs", "parts"), [(1, 1), (3, 2), (64, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_program_of_the_gated_unit_walks_tiles(dtype, programs, parts, launches, monkeypatch):
+    """Five blocks of columns: all in one program, three and two, and a program for each."""
+    monkeypatch.setattr(glu, "FORWARD_PROGRAMS", programs)
+    monkeypatch.setattr(glu, "PARTS_SHARE", 1.0)
+    size = {"tokens": 130, "inner": 300, "rank": 5, "down_rank": 3, "pad": 8}
+    found = errors("glu", size, dtype, "cpu")
+    assert launches == ["_forward_kernel", *["_sum_splits_kernel"] * (parts > 1)]
+    assert max(found) < CATALOG["glu"].tolerances[dtype]
+    assert glu._forward_splits(torch.empty(130, 600, dtype=dtype), 300, 5, 3)[0] == parts
 
 
 def test_masked_vocabulary_has_no_probability():
@@ -86,8 +100,11 @@ def test_adapters_in_another_type_are_widened():
     torch.manual_seed(0)
     gate_up, xa, b = torch.randn(3, 64).bfloat16(), torch.randn(3, 8).bfloat16(), torch.randn(64, 4)
     options = {"xa_TR": xa, "b_NR": b, "rank": 4}
-    ours, exact = glu.glu(gate_up, **options), glu.glu_reference(gate_up, **options)
+    down_a, down_u = torch.randn(4, 32), [torch.zeros(3, 4).bfloat16() for _ in range(2)]
+    ours = glu.glu(gate_up, **options, down_a_RI=down_a, down_u_TR=down_u[0])
+    exact = glu.glu_reference(gate_up, **options, down_a_RI=down_a, down_u_TR=down_u[1])
     assert torch.allclose(ours.float(), exact.float(), rtol=2**-7)
+    assert torch.allclose(down_u[0].float(), down_u[1].float(), rtol=0.05, atol=0.1)
     grads = [gate_up.clone(), gate_up.clone()]
     acts = [exact.clone(), exact.clone()]
     ours = glu.glu_backward_(grads[0], acts[0], **options)

@@ -45,7 +45,13 @@ FAMILIES = {
 }
 """A family for each shape of a layer: separate and fused projections, biases, norms before, behind, around and on q
 and k, parallel blocks, no gate."""
-KINDS = {"qlora": ("nf4", 16), "lora": ("none", 16), "wide lora": ("none", 40), "full": ("none", 0)}
+KINDS = {
+    "qlora": ("nf4", 16),
+    "lora": ("none", 16),
+    "wide lora": ("none", 40),
+    "widest lora": ("none", 80),
+    "full": ("none", 0),
+}
 DOCUMENTS = (700, 700)
 TILED = 0.01
 

@@ -382,7 +382,7 @@ def _glu_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
     tokens, inner, down = size["tokens"], size["inner"], size.get("down_rank", 0)
     return {
         **_gate_up_cases(size, dtype, device),
-        "down_a_RI": _normal((down, inner), dtype, device) if down else None,
+        "down_a_RI": _normal((down, inner), dtype, device, size.get("pad", 0)) if down else None,
         "down_u_TR": torch.zeros((tokens, down), dtype=dtype, device=device) if down else None,
     }
 
@@ -400,7 +400,7 @@ def _glu_backward_cases(size: Size, dtype: torch.dtype, device: torch.device) ->
         **_gate_up_cases(size, dtype, device),
         "grad_act_TI": _normal((tokens, inner), dtype, device, size.get("pad", 0)),
         "down_dxa_TR": _normal((tokens, down), dtype, device) if down else None,
-        "down_a_RI": _normal((down, inner), dtype, device) if down else None,
+        "down_a_RI": _normal((down, inner), dtype, device, size.get("pad", 0)) if down else None,
     }
 
 

@@ -61,9 +61,9 @@ that (one stage) loads and products wait for each other. Measured on one H100 at
 as here, where copying the same bytes takes 0.47; forward 0.45 with one stage of 64 × 32, 0.35 as here against 0.24.
 Backward has few programs because each leaves a partial sum of the reduction to the adapters' rank."""
 PARTS_SHARE = 1 / 3
-"""Of the bytes of act, what the parts of act · down_Aᵀ may take, written and read in float32: the GEMM that they stand
-for is one pass over act. On one H100 at 8,192 tokens of the 8B shape the kernel takes 0.023 ms more with them at rank
-16, where the GEMM takes 0.08; fewer programs than `FORWARD_PROGRAMS` keep other sizes within the share."""
+"""Of the bytes of act, what the parts of act · down_Aᵀ may take, written and read in float32: the GEMM that they
+stand for is one pass over act. On one H100 at 8,192 tokens of the 8B shape the kernel takes 0.023 ms more with them
+at rank 16, where the GEMM takes 0.08; fewer programs than `FORWARD_PROGRAMS` keep other sizes within the share."""
 SUM_BLOCK = 512
 FLOAT = 4
 """Bytes of an element of a partial sum."""
@@ -322,12 +322,20 @@ def _tile(inner: int) -> tuple[int, int]:
 
 def _forward_splits(gate_up_TN: Tensor, inner: int, rank: int, down_rank: int) -> tuple[int, int]:
     """Parts of the columns, and tiles of each."""
-    rows, columns = -(-gate_up_TN.shape[0] // ADAPTER_ROWS), ADAPTER_COLUMNS[max(rank, down_rank) <= NARROW_RANK]
+    rows, columns = (
+        -(-gate_up_TN.shape[0] // ADAPTER_ROWS),
+        ADAPTER_COLUMNS[max(rank, down_rank) <= NARROW_RANK],
+    )
     programs = FORWARD_PROGRAMS * multiprocessors(gate_up_TN)
     if down_rank:
         parts = int(PARTS_SHARE * inner * gate_up_TN.element_size()) // (2 * FLOAT * down_rank)
         programs = min(programs, max(1, parts) * rows)
     return column_splits(rows, -(-inner // columns), programs)
+
+
+def _backward_splits(gate_up_TN: Tensor, inner: int, widest: int) -> tuple[int, int]:
+    rows, columns = -(-gate_up_TN.shape[0] // ADAPTER_ROWS), ADAPTER_COLUMNS[widest <= NARROW_RANK]
+    return column_splits(rows, -(-inner // columns), BACKWARD_PROGRAMS * multiprocessors(gate_up_TN))
 
 
 def _forward(
@@ -407,10 +415,7 @@ def _adapter_backward(
     down_rank = 0 if down is None else down_a.shape[0]
     widest = max(rank, down_rank)
     narrow = widest <= NARROW_RANK
-    columns = ADAPTER_COLUMNS[narrow]
-    splits, tiles = column_splits(
-        -(-tokens // ADAPTER_ROWS), -(-inner // columns), BACKWARD_PROGRAMS * multiprocessors(gate_up_TN)
-    )
+    splits, tiles = _backward_splits(gate_up_TN, inner, widest)
     grad_xa_TR = gate_up_TN.new_empty((tokens, used.step + rank))
     # sums of more columns do not fit the registers beside the rest: two GEMMs form them below
     reduce = 0 < rank <= max_rank(gate_up_TN.dtype)
@@ -423,10 +428,9 @@ def _adapter_backward(
         tokens, inner, tiles, gate_up_TN.stride(0), grad_act_TI.stride(0), xa.stride(0), b.stride(0),
         down_dxa.stride(0), down_a.stride(0), scale,
         ACT=activation, GATED=gated, RANK=rank, RANK_BLOCK=rank_block(rank, gate_up_TN.dtype), XA_STEP=used.step,
-        DOWN_RANK=down_rank,
-        DOWN_BLOCK=rank_block(down_rank, gate_up_TN.dtype), REDUCE=reduce, RECOMPUTE=recompute,
-        ROWS=ADAPTER_ROWS, COLS=columns, STAGES=_stages(gate_up_TN.dtype, widest, BACKWARD_STAGES[narrow]),
-        num_warps=BACKWARD_WARPS,
+        DOWN_RANK=down_rank, DOWN_BLOCK=rank_block(down_rank, gate_up_TN.dtype), REDUCE=reduce, RECOMPUTE=recompute,
+        ROWS=ADAPTER_ROWS, COLS=ADAPTER_COLUMNS[narrow],
+        STAGES=_stages(gate_up_TN.dtype, widest, BACKWARD_STAGES[narrow]), num_warps=BACKWARD_WARPS,
     )  # fmt: skip
     if reduce and splits > 1:
         _sum_splits(sums, grad_xa_TR)

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from tunesmith.planning import workspaces
 from tunesmith.planning.facts import LayerFacts, Work
 from tunesmith.planning.layer_sizes import FLOAT, Sizes
 from tunesmith.planning.policies import HELD, Held
 from tunesmith.planning.tape import Tape, rounded
-from tunesmith.planning.workspaces import NORM_PROGRAMS, attention_workspace, glu_forward_splits, glu_splits
 
 STAGES: Mapping[str, tuple[str, ...]] = {
     "qkv": ("qkv",),
@@ -155,9 +155,13 @@ class _Layer:
         if sizes.adapted("down") and not self.work.dropout and not tape.has("u.down"):
             tape.make("u.down", sizes.rows(sizes.ranks("down")))
             work = sizes.work
-            splits = glu_forward_splits(work.tokens, layer.inner, sizes.ranks("down"), work.itemsize)
+            splits = workspaces.glu_forward_splits(work.tokens, layer.inner, work.rank, work.itemsize)
             if splits > 1:
                 tape.brief(splits * sizes.floats(sizes.ranks("down")))
+        if (
+            sizes.adapted("gate_up") and self.work.rank > workspaces.LARGEST_FUSED_RANK
+        ):  # a copy gets the adapters
+            tape.brief(sizes.rows(layer.gate_up_columns))
 
     # ------------------------------------------------------------------ forward
 
@@ -255,7 +259,7 @@ class _Layer:
                 tape.make("normed", sizes.rows(layer.hidden))
             if self.work.full:
                 width = layer.hidden * (2 if layer.layer_norm else 1)
-                tape.brief(NORM_PROGRAMS * width * FLOAT)
+                tape.brief(workspaces.NORM_PROGRAMS * width * FLOAT)
                 tape.make(f"sum{place}", width * FLOAT)
                 tape.make(f"own.norm{place}", width * self.work.trained_itemsize)
         else:
@@ -285,7 +289,8 @@ class _Layer:
             tape.drop("grad_branch")
         if sizes.adapted("gate_up"):
             tape.make("du.gate_up", sizes.rows(sizes.ranks("gate_up")))
-            splits = glu_splits(sizes.work.tokens, layer.inner, self.work.rank)
+            work = sizes.work
+            splits = workspaces.glu_splits(work.tokens, layer.inner, work.rank, work.itemsize)
             if splits > 1:
                 tape.brief(splits * sizes.floats(sizes.ranks("gate_up")))
         self.a_gradient("down")
@@ -361,7 +366,7 @@ class _Layer:
         if layer.qk_norm:
             tape.make("attended", sizes.rows(layer.qkv_columns))
         tape.make("grad_qkv", sizes.rows(layer.qkv_columns + sizes.beside("qkv")))
-        tape.brief(attention_workspace(layer, self.work))
+        tape.brief(workspaces.attention_workspace(layer, self.work))
         tape.drop("attended")
         self.adapter_gradients("qkv")
         self.last_use("qkv", "grad_normed2", layer.hidden)

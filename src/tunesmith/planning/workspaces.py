@@ -14,18 +14,22 @@ NORM_PROGRAMS = 4 * MULTIPROCESSORS
 """Of a norm's backward, each with a row of its own for the weight's gradient."""
 _GLU_ROWS, _GLU_COLUMNS, _NARROW_RANK = 64, {True: 64, False: 32}, 16
 _GLU_PROGRAMS, _GLU_FORWARD_PROGRAMS, _PARTS_SHARE = 3, 32, 1 / 3
-_FUSED_RANK = {2: 64, 4: 16}
-"""Largest rank whose products the activation's kernels sum, by bytes of an element."""
+LARGEST_FUSED_RANK = 64
+"""Of adapters that the activation's kernels add."""
+_SUMMED_RANK = {2: 64, 4: 16}
+"""Largest rank of products that they sum, by bytes of an element."""
 
 
-def glu_splits(tokens: int, inner: int, rank: int) -> int:
-    """Parts in which the activation's backward kernel sums ∂u, as `kernels.glu` has it."""
+def glu_splits(tokens: int, inner: int, rank: int, itemsize: int) -> int:
+    """Parts in which the activation's backward kernel sums ∂u, as `kernels.glu` has it; 0 where GEMMs form it."""
+    if rank > _SUMMED_RANK[itemsize]:
+        return 0
     return _splits(tokens, inner, rank, _GLU_PROGRAMS * MULTIPROCESSORS)
 
 
 def glu_forward_splits(tokens: int, inner: int, rank: int, itemsize: int) -> int:
     """Parts in which the activation's kernel sums the down projection's u, 0 where a GEMM computes it."""
-    if rank > _FUSED_RANK[itemsize]:
+    if rank > _SUMMED_RANK[itemsize]:
         return 0
     parts = int(_PARTS_SHARE * inner * itemsize) // (2 * FLOAT * rank)
     rows = -(-tokens // _GLU_ROWS)
