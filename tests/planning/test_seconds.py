@@ -109,34 +109,56 @@ MEASURED = [
     # planned steps
     *both("H100-80GB", "8b", *SITTING),
     *both("H100-80GB", "8b", (*SITTING[0], "offload_attention"), (16_166, 15_649, 15_499, 13_205)),
-    # the same, since the gated unit computes the down projection's u
-    Row("H100-80GB", "8b", QLORA, "keep_all", 15_794),
-    *both("H100-80GB", "phi-4", RICH, (8_878, 8_888)),
     # the same, 8 and 4 layers of the 70B shape
     Row("H100-80GB", "70b", long_row(4096), "keep_all", 16_972, 8),
     Row("H100-80GB", "70b", long_row(32_768), "keep_all", 12_456, 8),
     Row("H100-80GB", "70b", long_row(120_000), "offload", 9_633, 4),
     Row("H100-80GB", "70b", long_row(120_000), "offload", 4_966, 8),
 ]
+SINCE = [
+    # since the gated unit computes the down projection's u: what the steps were
+    Row("H100-80GB", "8b", QLORA, "keep_all", 15_794),
+    *both("H100-80GB", "phi-4", RICH, (8_878, 8_888)),
+]
+
+
+def spared(model: ModelFacts, work: Work, rates: Rates) -> float:
+    """Seconds of the pass over the activation that the u of the down projection was before."""
+    if work.full:
+        return 0.0
+    layers = [LayerAmounts(layer, work, rows=work.tokens) for layer in model.layers]
+    passes = (Amount(moved=work.tokens * each.layer.inner * work.itemsize, kernels=2) for each in layers)
+    before = sum(seconds.seconds_of(each, rates) for each in passes)
+    return before - sum(seconds.seconds_of(each._u("down"), rates) for each in layers)
 
 
 def error(row: Row) -> float:
     """Foreseen over measured, less 1."""
-    model = facts(row.shape, row.layers)
-    foreseen = uniform(model, row.work, row.policy, CARDS[row.card].rates()).total
+    model, rates = facts(row.shape, row.layers), CARDS[row.card].rates()
+    foreseen = uniform(model, row.work, row.policy, rates).total
+    if row not in SINCE:
+        foreseen += spared(model, row.work, rates)
     return foreseen * row.speed / row.work.tokens - 1
 
 
-@pytest.mark.parametrize("row", MEASURED, ids=str)
+@pytest.mark.parametrize("row", MEASURED + SINCE, ids=str)
 def test_a_measured_step_is_foreseen_within_five_per_cent(row):
     assert abs(error(row)) < 0.05
 
 
 def test_errors_are_small_on_average_and_lean_to_no_side():
     """Cards of one kind are up to 3% apart, and the later ones were slower than those that the rates come from."""
-    errors = [error(row) for row in MEASURED]
-    assert sum(map(abs, errors)) / len(errors) < 0.025
-    assert abs(sum(errors)) / len(errors) < 0.02
+    errors = [error(row) for row in MEASURED + SINCE]
+    assert sum(map(abs, errors)) / len(errors) < 0.02
+    assert abs(sum(errors)) / len(errors) < 0.015
+
+
+def test_what_the_gated_unit_spares_is_foreseen():
+    """2.6 ms of 8B QLoRA and 5.2 of Phi-4: the mean of three layouts, which scatter by 0.4% of a step."""
+    steps = {"8b": [(15_716, 15_794)], "phi-4": [(9_001, 9_072), (8_805, 8_878), (8_879, 8_888)]}
+    for (shape, speeds), close in zip(steps.items(), (0.1, 0.3), strict=True):
+        measured = sum(8192 / before - 8192 / after for before, after in speeds) / len(speeds)
+        assert spared(facts(shape), QLORA, H100) == pytest.approx(measured, rel=close)
 
 
 def test_what_a_policy_costs_is_foreseen():

@@ -212,7 +212,8 @@ REBUILT_WITH = {
     "behind0": "middle",
 }
 """Small tensors that computing a stage again gives again, most of them out of the same GEMM. Those of the other two
-groups, u_output and u_down, would each take a pass over the widest rows for 32 bytes a token at rank 16."""
+groups stay, 32 bytes a token at rank 16: u_output would take a pass over wide rows, and u_down comes out of the
+activation's kernel, which backward does not run again."""
 
 
 class Weights:

@@ -65,7 +65,8 @@ def project_onto(
     operands: Operands | None,
     weights: Weights,
 ) -> Tensor:
-    """residual + multiplier · (x Wᵀ (+ bias) + u Bᵀ), or the latter without a residual; u goes into the stash.
+    """residual + multiplier · (x Wᵀ (+ bias) + u Bᵀ), or the latter without a residual; u goes into the stash
+    unless it is there already.
 
     Where the rows of x have room for u and the weight has room for B, one GEMM of [x | u] and [W | B] forms both
     products in one sum. Elsewhere the product stays in float32 until everything is added: rounded before, it would
