@@ -154,9 +154,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             a = tl.load(down_a + down_rank[:, None] * down_a_row + col[None, :], mask=a_live, other=0.0)
             sums = dot(act, tl.trans(a), sums)
     if DOWN_RANK > 0:
-        sum_at = ((tl.program_id(0) % splits).to(tl.int64) * tokens + at)[:, None] * DOWN_RANK + down_rank[
-            None, :
-        ]
+        sum_row = (tl.program_id(0) % splits).to(tl.int64) * tokens + at
+        sum_at = sum_row[:, None] * DOWN_RANK + down_rank[None, :]
         sum_live = row_live[:, None] & (down_rank < DOWN_RANK)[None, :]
         tl.store(down_u + sum_at, sums.to(down_u.dtype.element_ty), mask=sum_live)
 
@@ -322,20 +321,21 @@ def _tile(inner: int) -> tuple[int, int]:
 
 def _forward_splits(gate_up_TN: Tensor, inner: int, rank: int, down_rank: int) -> tuple[int, int]:
     """Parts of the columns, and tiles of each."""
-    rows, columns = (
-        -(-gate_up_TN.shape[0] // ADAPTER_ROWS),
-        ADAPTER_COLUMNS[max(rank, down_rank) <= NARROW_RANK],
-    )
+    rows, blocks = _blocks(gate_up_TN, inner, max(rank, down_rank))
     programs = FORWARD_PROGRAMS * multiprocessors(gate_up_TN)
     if down_rank:
         parts = int(PARTS_SHARE * inner * gate_up_TN.element_size()) // (2 * FLOAT * down_rank)
         programs = min(programs, max(1, parts) * rows)
-    return column_splits(rows, -(-inner // columns), programs)
+    return column_splits(rows, blocks, programs)
 
 
 def _backward_splits(gate_up_TN: Tensor, inner: int, widest: int) -> tuple[int, int]:
-    rows, columns = -(-gate_up_TN.shape[0] // ADAPTER_ROWS), ADAPTER_COLUMNS[widest <= NARROW_RANK]
-    return column_splits(rows, -(-inner // columns), BACKWARD_PROGRAMS * multiprocessors(gate_up_TN))
+    return column_splits(*_blocks(gate_up_TN, inner, widest), BACKWARD_PROGRAMS * multiprocessors(gate_up_TN))
+
+
+def _blocks(gate_up_TN: Tensor, inner: int, widest: int) -> tuple[int, int]:
+    """Tiles down and across, where the largest rank is so wide."""
+    return -(-gate_up_TN.shape[0] // ADAPTER_ROWS), -(-inner // ADAPTER_COLUMNS[widest <= NARROW_RANK])
 
 
 def _forward(

@@ -158,10 +158,8 @@ class _Layer:
             splits = workspaces.glu_forward_splits(work.tokens, layer.inner, work.rank, work.itemsize)
             if splits > 1:
                 tape.brief(splits * sizes.floats(sizes.ranks("down")))
-        if (
-            sizes.adapted("gate_up") and self.work.rank > workspaces.LARGEST_FUSED_RANK
-        ):  # a copy gets the adapters
-            tape.brief(sizes.rows(layer.gate_up_columns))
+        if sizes.adapted("gate_up") and self.work.rank > workspaces.LARGEST_FUSED_RANK:
+            tape.brief(sizes.rows(layer.gate_up_columns))  # a copy gets the adapters
 
     # ------------------------------------------------------------------ forward
 
