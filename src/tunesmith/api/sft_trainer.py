@@ -13,6 +13,7 @@ from tunesmith.api import silence  # noqa: F401  what TRL imports speaks
 from tunesmith.api.arguments import check_foreign
 from tunesmith.api.facts import Facts, facts_of
 from tunesmith.api.memory import fit_policy, policies_of
+from tunesmith.api.texts import as_tokens
 from tunesmith.contracts.errors import UserError
 from tunesmith.training.fused_adamw import FusedAdamW
 from tunesmith.training.fused_adamw_8bit import FusedAdamW8bit
@@ -34,7 +35,6 @@ from tunesmith.api.trainer_arguments import (
     check_columns,
     check_rates,
     make_config,
-    one_example,
 )
 
 _TODAY = frozenset(inspect.signature(TrlTrainer.__init__).parameters)
@@ -76,6 +76,7 @@ class SFTTrainer(TrlTrainer):
                 "SFTTrainer: tokenizer and processing_class are two names of one thing, and differ here."
             )
         _check_model(model)
+        _check_optimizers(more.get("optimizers"), loraplus_lr_ratio, embedding_learning_rate)
         moved = {name: more.pop(name) for name in MOVED if name in more}
         today = {name: more.pop(name) for name in [*more] if name in _TODAY}
         check_foreign(SFTTrainer, TRAINING, more, [*MOVED, *_TODAY])
@@ -95,17 +96,21 @@ class SFTTrainer(TrlTrainer):
         check_rates(
             model, loraplus_lr_ratio, embedding_learning_rate, with_peft=bool(today.get("peft_config"))
         )
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            check_columns(name, dataset, config.dataset_text_field, today.get("formatting_func"))
-        today["formatting_func"] = one_example(today.get("formatting_func"), train_dataset)
+        processing_class = processing_class if processing_class is not None else tokenizer
+        formatting, say = today.get("formatting_func"), print if facts is None else facts.say
+        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        for name, dataset in data.items():
+            check_columns(name, dataset, config.dataset_text_field, formatting)
+            data[name] = as_tokens(name, dataset, config, formatting, processing_class, say)
+        if data["train_dataset"] is not train_dataset:
+            today["formatting_func"] = None
         self._rates = (loraplus_lr_ratio, embedding_learning_rate)
         super().__init__(
             model=model,
             args=config,
             data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class if processing_class is not None else tokenizer,
+            processing_class=processing_class,
+            **data,
             **today,
         )
         for parameter, data in trained.items():  # TRL rounds adapters on a quantised base to bfloat16
@@ -179,6 +184,15 @@ def _check_model(model: Any) -> None:
         raise UserError(
             f"SFTTrainer takes a model, and this is a {type(model).__name__}.",
             hint="from_pretrained returns two things: model, tokenizer = FastLanguageModel.from_pretrained(...).",
+        )
+
+
+def _check_optimizers(optimizers: Any, *rates: float | None) -> None:
+    if optimizers is not None and optimizers[0] is not None and any(rate is not None for rate in rates):
+        raise UserError(
+            "SFTTrainer: optimizers brings an optimizer, which has its rates already, so loraplus_lr_ratio and "
+            "embedding_learning_rate would change nothing.",
+            hint="Leave out optimizers, or give its groups their rates.",
         )
 
 

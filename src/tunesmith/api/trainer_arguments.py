@@ -6,7 +6,7 @@ the same thing differently, that is an error in one sentence; nothing is dropped
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -67,7 +67,8 @@ def make_config(
     Args:
         args: today's or the plain arguments; None takes the defaults.
         moved: arguments of `MOVED` that were given to the trainer.
-        model: whose `max_seq_length` holds where nothing else says how long rows may be.
+        model: whose `max_seq_length` holds where nothing else says how long rows may be; TRL's own default of
+            `max_length` says nothing.
         facts: of a model of ours.
 
     Raises:
@@ -87,7 +88,9 @@ def make_config(
                 hint="Say it in one place.",
             )
         values[field] = value
-    if "max_length" not in values and hasattr(model, "max_seq_length"):
+    # SFTConfig's own default is nobody's wish
+    unsaid = values.get("max_length", _default("max_length")) == _default("max_length")
+    if unsaid and moved.get("max_seq_length") is None and hasattr(model, "max_seq_length"):
         values["max_length"] = model.max_seq_length
     if facts is not None:
         _leave_memory_to_model(args, values, facts)
@@ -134,25 +137,6 @@ def _leave_memory_to_model(args: TrainingArguments | None, values: dict[str, Any
         values[name] = False
 
 
-def one_example(formatting: Callable[[Any], Any] | None, dataset: Any) -> Callable[[Any], str] | None:
-    """A formatting function of today, which takes one row and returns its text.
-
-    Those of 2024 take a batch, a dict of lists, and return a list: also when they are given one row.
-    """
-    if formatting is None or not isinstance(formatting(next(iter(dataset))), list):
-        return formatting
-
-    def format_one(example: Mapping[str, Any]) -> str:
-        text: str = formatting({name: [value] for name, value in example.items()})[0]
-        return text
-
-    return format_one
-
-
-_READ_BY_TRL = ("input_ids", "messages", "prompt", "conversations")
-"""Columns that TRL reads in place of a text."""
-
-
 def check_columns(name: str, dataset: Any, field: str, formatting: Any) -> None:
     """Refuse a data set that is empty, or without any column that trains.
 
@@ -168,7 +152,10 @@ def check_columns(name: str, dataset: Any, field: str, formatting: Any) -> None:
         if hasattr(part, "__len__") and hasattr(part, "column_names") and len(part) == 0:
             raise UserError(f"SFTTrainer: {name} has no rows.")
         columns = getattr(part, "column_names", None)
-        if columns and formatting is None and not {field, *_READ_BY_TRL} & set(columns):
+        if not columns or formatting is not None:
+            continue
+        pair = {"prompt", "completion"} <= set(columns)
+        if not pair and not {field, "input_ids", "messages", "conversations"} & set(columns):
             raise UserError(
                 f"SFTTrainer: {name} has no column {field!r}.",
                 hint=f"It has {', '.join(columns)}; say which holds the text with dataset_text_field=.",
