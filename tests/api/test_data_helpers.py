@@ -96,6 +96,9 @@ def test_a_sentence_for_scripts_and_not_for_run_files() -> None:
     data = Dataset.from_dict({"conversations": [SHAREGPT, [{"from": "humman", "value": "Two?"}]]})
     with pytest.raises(UserError, match=r"the role 'humman'.\nRename it in the data, to user,"):
         standardize_sharegpt(data)
+    empty = [{"from": "human", "value": "Two?"}, {"from": "gpt", "value": None}]
+    with pytest.raises(UserError, match=r"row 0: .*message 1.*\nMend the row, or leave it out"):
+        standardize_sharegpt(Dataset.from_dict({"conversations": [empty]}), batch_size=1000)
     with pytest.raises(UserError, match="row 1 has no list of messages in 'conversations'"):
         standardize_sharegpt(Dataset.from_dict({"conversations": [SHAREGPT, None]}))
 

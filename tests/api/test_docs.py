@@ -13,7 +13,7 @@ import pytest
 import tunesmith
 from tests.api.scripts import replaced, run_script
 from tunesmith import FastLanguageModel
-from tunesmith.api.arguments import ADAPTING, LOADING, Foreign
+from tunesmith.api.arguments import ADAPTING, CONVERTING, LOADING, SAVING, Foreign
 from tunesmith.api.trainer_arguments import MOVED, TRAINING
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +62,8 @@ TABLES = {
     "get_peft_model, others": foreign_table(ADAPTING),
     "SFTTrainer": moved_table(),
     "SFTTrainer, others": foreign_table(TRAINING),
+    "save_pretrained_merged, others": foreign_table(SAVING),
+    "standardize_sharegpt, others": foreign_table(CONVERTING),
 }
 
 

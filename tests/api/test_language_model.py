@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,11 @@ def test_a_checkpoint_that_is_in_four_bits_already(wide_model_dir: Path, tmp_pat
     tokenizer.save_pretrained(tmp_path / "four")
     again, _ = FastLanguageModel.from_pretrained(str(tmp_path / "four"), quiet=True)
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(tmp_path / "four", load_in_4bit=True)
+    with pytest.raises(UserError, match=r"load_in_8bit: .* is quantised to 4 bits already, and stays so"):
+        load(tmp_path / "four", load_in_4bit=None, load_in_8bit=True)
     with pytest.raises(UserError, match="are quantised, and cannot be trained themselves"):
         load(tmp_path / "four", load_in_4bit=None, full_finetuning=True)
 
@@ -334,6 +340,14 @@ def test_an_adapter_that_is_there_is_compared_in_everything_that_is_given(tiny_m
         assert FastLanguageModel.get_peft_model(model, r=4, **some) is model
 
 
+def test_embeddings_among_the_targets_name_the_argument_that_trains_them(tiny_model_dir: Path) -> None:
+    targets = ["q_proj", "embed_tokens", "lm_head"]
+    with pytest.raises(
+        UserError, match=r"cannot be put on embed_tokens.*\nName embed_tokens and lm_head in modules_to"
+    ):
+        FastLanguageModel.get_peft_model(load(tiny_model_dir)[0], target_modules=targets)
+
+
 def test_a_wrong_word_changes_nothing(tiny_model_dir: Path) -> None:
     with pytest.raises(UserError, match="use_gradient_checkpointing='unslot' is none of"):
         load(tiny_model_dir, use_gradient_checkpointing="unslot")
@@ -359,7 +373,8 @@ def test_a_model_is_as_it_was_where_it_cannot_be_measured(
 
 def test_new_tokens(tiny_model_dir: Path, tmp_path: Path) -> None:
     model, tokenizer = load(tiny_model_dir)
-    ids = tunesmith.add_new_tokens(model, tokenizer, [f"<t{n}>" for n in range(12)])
+    tokens = [f"<t{n}>" for n in range(12)]
+    ids = tunesmith.add_new_tokens(model, tokenizer, tokens, method="mean", interpolation=0.5)
     assert len(ids) == 12
     model = FastLanguageModel.get_peft_model(model, r=4, trainable_token_indices=ids)
     disturb(model).save_pretrained(tmp_path / "adapter")
@@ -487,7 +502,13 @@ def test_a_merged_model_loads_in_plain_transformers(
 
 def test_other_ways_to_save(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = disturb(adapted(tiny_model_dir))
-    model.save_pretrained_merged(tmp_path / "lora", save_method="lora")
+    harmless = {"push_to_hub": False, "token": None, "maximum_memory_usage": 0.5, "safe_serialization": None}
+    model.save_pretrained_merged(tmp_path / "lora", save_method="lora", **harmless)
+    with pytest.raises(UserError, match=r"push_to_hub=True is not possible\. Nothing is uploaded"):
+        model.save_pretrained_merged(tmp_path / "hub", push_to_hub=True)
+    with pytest.raises(TypeError, match="takes no argument 'save_methode'; did you mean 'save_method'"):
+        model.save_pretrained_merged(tmp_path / "hub", save_methode="lora")
+    assert not (tmp_path / "hub").exists()
     with pytest.raises(UserError, match="holds an adapter, and what loads the folder would take that"):
         model.save_pretrained_merged(tmp_path / "lora")
     (tmp_path / "file").touch()

@@ -48,6 +48,7 @@ _LEANEST = 'use_gradient_checkpointing="unsloth" needs the least memory.'
 
 LOADING: dict[str, Foreign] = {
     "auto_model": Foreign((None,), "Causal language models are loaded.", "Leave it out."),
+    "cache_dir": Foreign((None,), "Files lie where the Hub's own library keeps them.", "Set HF_HOME."),
     "disable_log_stats": Foreign((True, None), _SERVING.reason, "Leave it out."),
     "fast_inference": _SERVING,
     "fix_tokenizer": Foreign(
@@ -61,6 +62,9 @@ LOADING: dict[str, Foreign] = {
     "float8_kv_cache": _SERVING,
     "fullgraph": Foreign(None, "Nothing is compiled."),
     "gpu_memory_utilization": Foreign((0.5, 0.6, None), _SERVING.reason, "Leave it out."),
+    "local_files_only": Foreign(
+        (False, None), "A folder is read as it is, a name asks the Hub.", "Set HF_HUB_OFFLINE=1."
+    ),
     "load_in_fp8": Foreign(
         (False, None),
         "No layer computes in 8-bit floats.",
@@ -110,6 +114,36 @@ ADAPTING: dict[str, Foreign] = {
     ),
 }  # fmt: skip
 """What `get_peft_model` accepts or refuses besides its own arguments."""
+
+
+_NO_UPLOAD = Foreign((False, None), "Nothing is uploaded.", "Use `hf upload NAME FOLDER` on the folder.")
+
+SAVING: dict[str, Foreign] = {
+    "create_pr": _NO_UPLOAD,
+    "is_main_process": Foreign((True, None), "The caller decides who saves.", "Call it in one process."),
+    "max_shard_size": Foreign(None, "A file holds what fits the host's memory with ease."),
+    "maximum_memory_usage": Foreign(None, "Tensors are written one by one, whatever memory there is."),
+    "private": Foreign(None, _NO_UPLOAD.reason),
+    "push_to_hub": _NO_UPLOAD,
+    "safe_serialization": Foreign((True, None), "Nothing is written as a pickle.", "Leave it out."),
+    "tags": Foreign(None, _NO_UPLOAD.reason),
+    "temporary_location": ADAPTING["temporary_location"],
+    "token": Foreign(None, _NO_UPLOAD.reason),
+}
+"""What `save_pretrained_merged` accepts or refuses besides its own arguments."""
+
+CONVERTING: dict[str, Foreign] = {
+    "aliases_for_assistant": Foreign(
+        (None,), "The usual names of roles are known.", "Rename others in the data."
+    ),
+    "aliases_for_system": Foreign(
+        (None,), "The usual names of roles are known.", "Rename others in the data."
+    ),
+    "aliases_for_user": Foreign((None,), "The usual names of roles are known.", "Rename others in the data."),
+    "batch_size": Foreign(None, "It changes nothing but speed."),
+    "tokenizer": Foreign(None, "Messages are read, not tokenised."),
+}
+"""What `standardize_sharegpt` accepts or refuses besides its own arguments."""
 
 
 def check_foreign(

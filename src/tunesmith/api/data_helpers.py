@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from tunesmith.api.arguments import CONVERTING, check_foreign
 from tunesmith.contracts.errors import UserError
 from tunesmith.data.chat import RowProblem, read_message
 from tunesmith.data.named_templates import TEMPLATES, missing_control
@@ -137,20 +138,28 @@ def _prelude(mapping: Mapping[str, str]) -> str:
     return text
 
 
-def standardize_sharegpt(dataset: Any, column: str = "conversations", num_proc: int | None = None) -> Any:
+def standardize_sharegpt(
+    dataset: Any,
+    column: str = "conversations",
+    num_proc: int | None = None,
+    **foreign: Any,
+) -> Any:
     """Conversations of `from` and `value` (or any usual keys and roles) as lists of `role` and `content`.
 
     Args:
         dataset: of the `datasets` package.
         column: that holds the conversations.
         num_proc: processes, as in `Dataset.map`.
+        foreign: arguments of Unsloth that change nothing here, or are refused with their reason.
 
     Returns:
         The data set with that column converted.
 
     Raises:
         UserError: there is no such column, or a message cannot be read.
+        TypeError: an argument that nobody knows.
     """
+    check_foreign(standardize_sharegpt, CONVERTING, foreign)
     names = dataset.column_names
     if names is not None and column not in names:
         raise UserError(
@@ -164,11 +173,13 @@ def standardize_sharegpt(dataset: Any, column: str = "conversations", num_proc: 
         try:
             read = [read_message(raw, at) for at, raw in enumerate(row[column])]
         except RowProblem as problem:
-            hint = None
+            hint = "Mend the row, or leave it out with dataset.filter."
             if problem.reason == "unknown role":
                 hint = "Rename it in the data, to user, assistant, system or tool."
             what = problem.detail.partition("; say")[0]
-            raise UserError(f"standardize_sharegpt: row {number}: {what}.", hint=hint) from problem
+            raise UserError(
+                f"standardize_sharegpt: row {number}: {problem.reason}: {what}.", hint=hint
+            ) from problem
         return {column: [{"role": message["role"], "content": message["content"]} for message in read]}
 
     # without the column's own type, which would ask for the old keys again

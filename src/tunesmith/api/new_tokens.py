@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tunesmith.api.arguments import Foreign, check_foreign
 from tunesmith.api.facts import need_facts
 from tunesmith.api.values import names
 from tunesmith.api.wording import in_arguments
@@ -13,7 +14,11 @@ from tunesmith.models.vocabulary import extend_tokenizer, resize
 
 
 def add_new_tokens(
-    model: Any, tokenizer: Any, new_tokens: str | Sequence[str] = (), method: str = "mean"
+    model: Any,
+    tokenizer: Any,
+    new_tokens: str | Sequence[str] = (),
+    method: str = "mean",
+    **foreign: Any,
 ) -> list[int]:
     """Add tokens to a tokenizer, and rows to the model's embeddings and head that start at the mean of the others.
 
@@ -24,6 +29,7 @@ def add_new_tokens(
         model: of `FastLanguageModel.from_pretrained`, without an adapter yet.
         new_tokens: texts that become one token each; one text, or several in a list.
         method: `mean`, the one there is.
+        foreign: `interpolation`, which belongs to another method of Unsloth's.
 
     Returns:
         The ids of the tokens that are new.
@@ -31,6 +37,7 @@ def add_new_tokens(
     Raises:
         UserError: the model carries an adapter already, or the tokens are not distinct.
     """
+    check_foreign(add_new_tokens, {"interpolation": Foreign(None, "It belongs to another method.")}, foreign)
     need_facts(model, "add_new_tokens")
     if hasattr(model, "peft_config"):
         raise UserError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.api.arguments import SAVING, check_foreign
 from tunesmith.api.facts import Facts, base_of, facts_of, need_facts
 from tunesmith.api.memory import attach_with
 from tunesmith.api.silence import without_bars
@@ -108,7 +109,11 @@ def for_inference(model: Any) -> Any:
 
 
 def save_pretrained_merged(
-    model: Any, save_directory: str | Path, tokenizer: Any = None, save_method: str = "merged_16bit"
+    model: Any,
+    save_directory: str | Path,
+    tokenizer: Any = None,
+    save_method: str = "merged_16bit",
+    **foreign: Any,
 ) -> Path:
     """Save base and adapter as one model that plain transformers loads, or the adapter alone.
 
@@ -116,6 +121,7 @@ def save_pretrained_merged(
         save_directory: a folder; files of the same names are replaced.
         tokenizer: saved beside the weights.
         save_method: `merged_16bit`, or `lora` for the adapter as PEFT saves it.
+        foreign: arguments of Unsloth that change nothing here, or are refused with their reason.
 
     Returns:
         The folder.
@@ -125,6 +131,7 @@ def save_pretrained_merged(
             exactly.
         StorageError: the merged model cannot be written.
     """
+    check_foreign(save_pretrained_merged, SAVING, foreign)
     folder = Path(save_directory).expanduser()
     if folder.is_file():  # transformers would say so in its log, and save nothing
         raise UserError(f"save_directory: {folder} is a file.", hint="Give a folder.")

@@ -11,6 +11,8 @@ from tunesmith.contracts.errors import UserError
 ARGUMENTS = {
     "model.trust_remote_code: true": "trust_remote_code=True",
     "model.name": "model_name",
+    "model.quantize: int8": "load_in_8bit",
+    "model.quantize: nf4": "load_in_4bit",
     "model.revision": "revision",
     "model.rope_scaling": "rope_scaling",
     "adapter.path": "model_name",

@@ -71,6 +71,17 @@ def check_targets(model: nn.Module, targets: str | Sequence[str]) -> set[str]:
         matched = set()
         for target in targets:
             found = {name for name in modules if ends_in(name, target)}
+            if not found and _is_embedding(model, target):
+                whole = [name for name in targets if _is_embedding(model, name)]
+                whole += [
+                    name
+                    for name in targets
+                    if any(modules[at] is head for at in modules if ends_in(at, name))
+                ]
+                raise UserError(
+                    f"adapter.targets: an adapter cannot be put on {target}, which trains whole or not at all.",
+                    hint=f"Name {' and '.join(whole)} in modules_to_save in place of here.",
+                )
             if not found and not _names_experts(model, target):
                 raise UserError(
                     f"adapter.targets: no linear layer of {type(model).__name__} is called {target!r}.",
@@ -90,6 +101,12 @@ def check_targets(model: nn.Module, targets: str | Sequence[str]) -> set[str]:
                 hint="Leave it out, or use all-linear, which does.",
             )
     return matched
+
+
+def _is_embedding(model: nn.Module, target: str) -> bool:
+    return any(
+        isinstance(module, nn.Embedding) and ends_in(name, target) for name, module in model.named_modules()
+    )
 
 
 def _names_experts(model: Any, target: str) -> bool:

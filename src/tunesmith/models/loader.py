@@ -6,6 +6,7 @@ Weights are read from safetensors only, never from a pickle.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,6 +98,18 @@ def _quantization(quantize: str, dtype: torch.dtype) -> dict[str, Any]:
     return {"quantization_config": nf4}
 
 
+def _refuse_other_bits(name: str, model: Any, quantize: str) -> None:
+    """transformers leaves a checkpoint as it is quantised, whatever is asked for."""
+    held = getattr(model.config, "quantization_config", None)
+    bits = next((bits for bits in (4, 8) if getattr(held, f"load_in_{bits}bit", False)), None)
+    asked = {"nf4": 4, "int8": 8}.get(quantize)
+    if bits is not None and asked not in (None, bits):
+        raise UserError(
+            f"model.quantize: {quantize}: {name} is quantised to {bits} bits already, and stays so.",
+            hint="Leave it out, or name the checkpoint in 16 bits.",
+        )
+
+
 def load_model(
     name: str,
     *,
@@ -137,7 +150,11 @@ def load_model(
             options["attn_implementation"] = attention
         if rope_scaling:
             options["config"] = _stretched(AutoConfig.from_pretrained(where, **source), rope_scaling)
-        with loading_progress(tell):
+        with loading_progress(tell), warnings.catch_warnings():
+            # a checkpoint in 4 bits may be asked for in 4 bits; in others it is refused below
+            warnings.filterwarnings(
+                "ignore", message="You passed `quantization_config`", category=UserWarning
+            )
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where,
                 dtype=dtype,
@@ -154,6 +171,7 @@ def load_model(
     model, report = loaded
     _refuse_missing(name, model, report["missing_keys"])
     _refuse_misread(name, model)
+    _refuse_other_bits(name, model, quantize)
     _keep_scales_exact(model)
     rotate_by_document(model)
     model.requires_grad_(False)

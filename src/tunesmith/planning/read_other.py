@@ -15,7 +15,7 @@ from tunesmith.planning.architectures import find_architecture
 from tunesmith.planning.facts import LayerFacts, ModelFacts
 from tunesmith.planning.read_sizes import layer_count, needed, optional, refuse
 
-_UNGATED = {
+_OLDER = {
     "gpt2",
     "gpt_neo",
     "gpt_neox",
@@ -29,19 +29,29 @@ _UNGATED = {
     "codegen",
     "persimmon",
     "nemotron",
+    "jais2",
 }
+"""Families with layer norms, an MLP without a gate, and biases everywhere but where `bias` in the config says no."""
+
+_UNGATED = _OLDER | {"arcee", "apertus"}
 """Families whose MLP has no gate."""
 
-_OTHER_ATTENTION = {
+_OTHER_LAYERS = {
     "kv_lora_rank": "it compresses keys and values",
     "state_size": "its layers carry a state in place of attention",
     "ssm_state_size": "its layers carry a state in place of attention",
     "mamba_d_state": "some of its layers carry a state in place of attention",
     "linear_num_key_heads": "some of its layers carry a state in place of attention",
+    "conv_L_cache": "some of its layers are convolutions in place of attention",
+    "hidden_size_per_layer_input": "each of its layers has embeddings of its own",
+    "altup_num_inputs": "its layers hand on several streams side by side",
 }
 """Names that give away a layer whose sizes these facts cannot say."""
 
-_QK_NORMED = {"qwen3_moe", "olmoe"}
+_NOT_ATTENTION = {"conv", "linear_attention", "mamba", "hybrid", "hybrid_sliding"}
+"""Kinds of layers in `layer_types` whose sizes these facts cannot say."""
+
+_QK_NORMED = {"qwen3_moe", "olmoe", "apertus"}
 _QKV_BIASED = {"qwen2_moe"}
 _TIED = {"gpt2", "gpt_neo", "gpt_bigcode", "opt", "bloom", "mpt", "falcon"}
 """Families with one matrix for embeddings and head where the config does not say."""
@@ -58,9 +68,7 @@ def read_other(text: Mapping[str, Any], name: str) -> ModelFacts:
         UserError: a size is missing, or its layers are of a kind that the facts cannot say.
     """
     config = SimpleNamespace(**text)
-    for key, reason in _OTHER_ATTENTION.items():
-        if getattr(config, key, None):
-            raise refuse(name, reason)
+    _refuse_other_layers(config, name)
     count = layer_count(config, name, "n_layer", "num_layers", "n_layers")
     dense = _dense_layer(config, name)
     layers = tuple(
@@ -80,19 +88,45 @@ def read_other(text: Mapping[str, Any], name: str) -> ModelFacts:
     )
 
 
+def _refuse_other_layers(config: SimpleNamespace, name: str) -> None:
+    """Refuse layers and embeddings whose sizes these facts cannot say.
+
+    Raises:
+        UserError: with the key of the config that gives them away.
+    """
+    for key, reason in _OTHER_LAYERS.items():
+        if getattr(config, key, None):
+            raise refuse(name, f"{reason} ({key})")
+    kinds = _NOT_ATTENTION & set(getattr(config, "layer_types", None) or ())
+    if kinds:
+        raise refuse(
+            name, f"its layer_types names {min(kinds)}, which is another kind of layer than attention"
+        )
+    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if isinstance(getattr(config, key, None), list | tuple):
+            raise refuse(name, f"its {key} is a list where one number for all layers should be")
+    columns = optional(config, "word_embed_proj_dim", name)
+    if columns and columns != needed(config, "hidden_size", name):
+        raise refuse(name, "its embeddings are projected to the width of its layers (word_embed_proj_dim)")
+
+
 def _dense_layer(config: SimpleNamespace, name: str) -> LayerFacts:
     hidden = needed(config, "hidden_size", name, "n_embd", "d_model")
     heads = needed(config, "num_attention_heads", name, "n_head", "n_heads", "num_heads")
     head_dim = optional(config, "head_dim", name) or hidden // heads
     kv_heads = optional(config, "num_key_value_heads", name, "num_kv_heads") or heads
-    if getattr(config, "multi_query", False):
+    # Falcon's newer layers do not read multi_query
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         kv_heads = 1
     gated = config.model_type not in _UNGATED
     names = ("n_inner", "ffn_dim", "ffn_hidden_size", "moe_intermediate_size")
     inner = optional(config, "intermediate_size", name, *names)
     if inner is None and gated:
         raise refuse(name, "it has no intermediate_size")
-    biased = bool(getattr(config, "attention_bias", False))
+    older = config.model_type in _OLDER
+    all_biased = older and bool(getattr(config, "bias", True))
+    attention_biased = all_biased or bool(getattr(config, "attention_bias", False))
+    mlp_biased = all_biased or (config.model_type == "arcee" and bool(getattr(config, "mlp_bias", False)))
     return LayerFacts(
         hidden=hidden,
         inner=inner or 4 * hidden,
@@ -102,14 +136,14 @@ def _dense_layer(config: SimpleNamespace, name: str) -> LayerFacts:
         rotary_dim=head_dim,
         gated=gated,
         gate_up_parts=2 if gated else 1,
-        layer_norm=not gated,
-        norm_bias=not gated,
+        layer_norm=older,
+        norm_bias=older,
         qk_norm=config.model_type in _QK_NORMED,
         qk_full=config.model_type == "olmoe",
-        qkv_bias=biased or not gated or _qkv_biased(config),
-        output_bias=biased or not gated,
-        gate_up_bias=not gated,
-        down_bias=not gated,
+        qkv_bias=attention_biased or _qkv_biased(config),
+        output_bias=attention_biased,
+        gate_up_bias=mlp_biased,
+        down_bias=mlp_biased,
         window=_window(config, name),
     )
 
