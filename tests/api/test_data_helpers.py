@@ -48,6 +48,11 @@ def test_a_mapping_reads_other_keys_and_roles() -> None:
     ("arguments", "message"),
     [
         ({"chat_template": "chatlm"}, "there is no template 'chatlm'.\nDid you mean 'chatml'"),
+        (
+            {"chat_template": "phi-3"},
+            "there is no template 'phi-3'.\nThere are: .* keeps the template it came with",
+        ),
+        ({"chat_template": "yi-chat"}, "there is no template 'yi-chat'.\nThere are: "),
         ({"chat_template": "llama-3.1"}, "the tokenizer has no token '<.begin_of_text.>'"),
         ({"chat_template": ("{{ messages }}", "<end>")}, "has no token '<end>' to end an answer"),
         ({"mapping": {"rolle": "from"}}, "mapping has 'rolle'"),

@@ -293,6 +293,19 @@ def test_models_of_others_and_models_that_train_whole(tiny_model_dir: Path) -> N
         FastLanguageModel.get_peft_model(model)
 
 
+def test_an_adapter_whose_base_is_gone(tiny_model_dir: Path, tmp_path: Path) -> None:
+    adapted(tiny_model_dir).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(
+        json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")}), encoding="utf-8"
+    )
+    with pytest.raises(
+        UserError, match=r"there is no folder .*gone.* It is the base of the adapter .*adapter\."
+    ):
+        load(tmp_path / "adapter")
+
+
 def test_an_adapter_directory_trains_on(tiny_model_dir: Path, tmp_path: Path) -> None:
     first = disturb(adapted(tiny_model_dir))
     first.save_pretrained(tmp_path / "adapter")

@@ -175,6 +175,16 @@ def test_rows_are_as_long_as_the_model_was_loaded_for(
     assert trainer(tiny_model_dir, length=length, args=args).args.max_length == 32
 
 
+def test_arguments_of_another_type(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="args is a dict, and has to be an SFTConfig or TrainingArguments"):
+        trainer(tiny_model_dir, length=64, args={"max_steps": 2})
+    args = SFTConfig(output_dir=str(tmp_path), bf16=False)
+    with pytest.raises(
+        UserError, match=r"dataset_text_field is .'text'., and has to be the name of a column"
+    ):
+        trainer(tiny_model_dir, length=64, args=args, dataset_text_field=["text"])
+
+
 def test_an_optimizer_has_its_rates_already(tiny_model_dir: Path, tmp_path: Path) -> None:
     args = SFTConfig(output_dir=str(tmp_path), bf16=False)
     with pytest.raises(UserError, match="optimizers brings an optimizer, which has its rates already"):

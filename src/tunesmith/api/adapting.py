@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunesmith.api.arguments import ADAPTING, check_foreign
-from tunesmith.api.facts import Facts, base_of, need_facts
+from tunesmith.api.facts import Facts, need_facts
 from tunesmith.api.memory import policies_of
 from tunesmith.api.prepared import equip, note_length, put_on
 from tunesmith.api.values import ADAPTED, check_values, names
@@ -15,6 +15,7 @@ from tunesmith.api.wording import in_arguments
 from tunesmith.contracts.errors import UserError
 from tunesmith.models.adapter import add_lora
 from tunesmith.models.adapter_targets import ALL, ends_in, left_out_rows, taken_for_experts
+from tunesmith.models.door import base_of
 from tunesmith.models.vocabulary import trainable_rows
 
 

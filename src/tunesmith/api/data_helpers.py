@@ -101,10 +101,17 @@ def _text_of(template: Any) -> str:
         return template
     row = TEMPLATES.get(ALIASES.get(template, template))
     if row is None:
-        near = difflib.get_close_matches(template, [*TEMPLATES, *ALIASES], n=1)
+        # letters that are wrong, not another number or another family
+        near = [
+            name
+            for name in difflib.get_close_matches(template, [*TEMPLATES, *ALIASES], cutoff=0.75)
+            if sorted(filter(str.isdigit, name)) == sorted(filter(str.isdigit, template))
+        ]
         raise UserError(
             f"get_chat_template: there is no template {template!r}.",
-            hint=f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(TEMPLATES)}.",
+            hint=f"Did you mean {near[0]!r}?"
+            if near
+            else f"There are: {', '.join(TEMPLATES)}. Without the call a tokenizer keeps the template it came with.",
         )
     return row.text
 

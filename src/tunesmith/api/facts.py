@@ -8,6 +8,7 @@ from typing import Any
 
 from tunesmith.contracts.errors import UserError
 from tunesmith.models.attach import Attached
+from tunesmith.models.door import base_of
 
 _FACTS = "_tunesmith_facts"
 
@@ -38,11 +39,6 @@ class Facts:
         """Print lines for the person who runs the script, unless they asked for silence."""
         if not self.quiet:
             print(*lines, sep="\n", flush=True, file=sys.stdout)
-
-
-def base_of(model: Any) -> Any:
-    """The transformers model below an adapter, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def remember(model: Any, facts: Facts) -> None:

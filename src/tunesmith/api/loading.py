@@ -130,15 +130,24 @@ def _load(
         raise UserError(
             f"model_name: {name} is an adapter, whose base stays frozen.", hint="Leave out full_finetuning."
         )
-    model = load_model(
-        base,
-        device=device,
-        dtype=dtype,
-        quantize="none" if held == "full" else held,
-        revision=base_revision,
-        **options,
-        **access,
-    )
+    try:
+        model = load_model(
+            base,
+            device=device,
+            dtype=dtype,
+            quantize="none" if held == "full" else held,
+            revision=base_revision,
+            **options,
+            **access,
+        )
+    except UserError as error:
+        if adapter is None:
+            raise
+        raise UserError(
+            f"{error.message} It is the base of the adapter {name}.",
+            hint=error.hint,
+            exit_code=error.exit_code,
+        ) from error.__cause__
     if adapter is None:
         tokenizer = load_tokenizer(base, revision=base_revision, **access)
     else:

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from tunesmith.api.facts import base_of
 from tunesmith.contracts.errors import UserError
 from tunesmith.models.attach import Attached, attach
 from tunesmith.models.device_memory import room_of
+from tunesmith.models.door import base_of
 from tunesmith.models.head import CausalModel
 from tunesmith.models.policy import OF_TOKENS, POLICIES
 from tunesmith.models.probe import fixed_bytes, policy_costs

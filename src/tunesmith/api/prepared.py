@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from tunesmith.api.arguments import SAVING, check_foreign
-from tunesmith.api.facts import Facts, base_of, facts_of, need_facts
+from tunesmith.api.facts import Facts, facts_of, need_facts
 from tunesmith.api.memory import attach_with
 from tunesmith.api.silence import without_bars
 from tunesmith.config.check_card import check_card
 from tunesmith.contracts.errors import UserError
 from tunesmith.export.merged import save_merged
+from tunesmith.models.door import base_of
 
 SAVE_METHODS = ("merged_16bit", "lora")
 _CONVERT = "Use save_pretrained_merged, and llama.cpp's convert_hf_to_gguf.py on its folder."

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from tunesmith.api import silence  # noqa: F401  what TRL imports speaks
@@ -76,6 +77,10 @@ class SFTTrainer(TrlTrainer):
                 "SFTTrainer: tokenizer and processing_class are two names of one thing, and differ here."
             )
         _check_model(model)
+        if args is not None and not isinstance(args, TrainingArguments):
+            raise UserError(
+                f"SFTTrainer: args is a {type(args).__name__}, and has to be an SFTConfig or TrainingArguments."
+            )
         _check_optimizers(more.get("optimizers"), loraplus_lr_ratio, embedding_learning_rate)
         moved = {name: more.pop(name) for name in MOVED if name in more}
         today = {name: more.pop(name) for name in [*more] if name in _TODAY}

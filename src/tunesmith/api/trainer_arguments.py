@@ -15,9 +15,10 @@ from transformers import TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
 from tunesmith.api.arguments import Foreign
-from tunesmith.api.facts import Facts, base_of
+from tunesmith.api.facts import Facts
 from tunesmith.api.kept_out import kept_out
 from tunesmith.contracts.errors import UserError
+from tunesmith.models.door import base_of
 
 MOVED: dict[str, str] = {
     "dataset_kwargs": "dataset_kwargs",
@@ -148,6 +149,8 @@ def check_columns(name: str, dataset: Any, field: str, formatting: Any) -> None:
     Raises:
         UserError: with the columns that there are.
     """
+    if not isinstance(field, str):
+        raise UserError(f"SFTTrainer: dataset_text_field is {field!r}, and has to be the name of a column.")
     for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
         if hasattr(part, "__len__") and hasattr(part, "column_names") and len(part) == 0:
             raise UserError(f"SFTTrainer: {name} has no rows.")
