@@ -137,6 +137,7 @@ REFUSED = [
     ("starcoder2", {}),
     ("cohere", {"head_dim": 8, "use_qk_norm": True}),
     ("gemma3_text", {"use_bidirectional_attention": True}),
+    ("qwen2", {"is_causal": False}),
     ("qwen3", {"layer_types": ["full_attention", "chunked_attention"]}),
 ]
 
@@ -154,6 +155,20 @@ def test_layers_are_unfused_for_the_reason_that_a_run_gives(family, changes):
     facts = read_facts(given, "refused")
     assert reason
     assert facts.unfused == reason
+
+
+RATES = [
+    ("starcoder2", "attention_dropout", "it drops attention weights: its attention_dropout is 0.1"),
+    ("granite", "attention_dropout", "it drops attention weights: its attention_dropout is 0.1"),
+    ("starcoder2", "residual_dropout", "it drops what a block adds: its residual_dropout is 0.1"),
+    ("phi3", "resid_pdrop", "it drops what a block adds: its resid_pdrop is 0.1"),
+]
+
+
+@pytest.mark.parametrize(("family", "key", "reason"), RATES)
+def test_the_reason_names_the_rate_of_dropout(family, key, reason):
+    changes = {"head_dim": 8, "residual_dropout": 0.0, key: 0.1}
+    assert read_facts({"model_type": family, **TINY, **changes}, "refused").unfused == reason
 
 
 def test_norms_of_q_and_k_in_command_r_are_counted():

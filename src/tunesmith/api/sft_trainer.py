@@ -76,27 +76,14 @@ class SFTTrainer(TrlTrainer):
             raise UserError(
                 "SFTTrainer: tokenizer and processing_class are two names of one thing, and differ here."
             )
-        _check_model(model)
-        if args is not None and not isinstance(args, TrainingArguments):
-            raise UserError(
-                f"SFTTrainer: args is a {type(args).__name__}, and has to be an SFTConfig or TrainingArguments."
-            )
+        _check_types(model, args)
         _check_optimizers(more.get("optimizers"), loraplus_lr_ratio, embedding_learning_rate)
         moved = {name: more.pop(name) for name in MOVED if name in more}
         today = {name: more.pop(name) for name in [*more] if name in _TODAY}
         check_foreign(SFTTrainer, TRAINING, more, [*MOVED, *_TODAY])
         facts = facts_of(model)
         trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
-        if not trained and today.get("peft_config") is None:
-            raise UserError(
-                "SFTTrainer: nothing of this model trains.",
-                hint="Put an adapter on it with get_peft_model first.",
-            )
-        if facts is not None and today.get("peft_config") is not None:
-            raise UserError(
-                "SFTTrainer: an adapter that the trainer puts on with peft_config gets no fused layers.",
-                hint="Put it on with FastLanguageModel.get_peft_model, and leave out peft_config.",
-            )
+        _check_adapter(today.get("peft_config"), trains=bool(trained), ours=facts is not None)
         config = make_config(args, moved, model, facts)
         check_rates(
             model, loraplus_lr_ratio, embedding_learning_rate, with_peft=bool(today.get("peft_config"))
@@ -118,9 +105,9 @@ class SFTTrainer(TrlTrainer):
             **data,
             **today,
         )
-        for parameter, data in trained.items():  # TRL rounds adapters on a quantised base to bfloat16
-            if parameter.dtype != data.dtype:
-                parameter.data = data.to(parameter.device)
+        for parameter, before in trained.items():  # TRL rounds adapters on a quantised base to bfloat16
+            if parameter.dtype != before.dtype:
+                parameter.data = before.to(parameter.device)
         if facts is not None:
             _fit(model, facts, config)
             _say_if_rounded(model, facts, config)
@@ -179,7 +166,7 @@ def _say_if_rounded(model: Any, facts: Facts, config: Any) -> None:
         )
 
 
-def _check_model(model: Any) -> None:
+def _check_types(model: Any, args: Any) -> None:
     if isinstance(model, str):
         raise UserError(
             f"SFTTrainer takes a model, and {model!r} is a name.",
@@ -189,6 +176,24 @@ def _check_model(model: Any) -> None:
         raise UserError(
             f"SFTTrainer takes a model, and this is a {type(model).__name__}.",
             hint="from_pretrained returns two things: model, tokenizer = FastLanguageModel.from_pretrained(...).",
+        )
+    if args is not None and not isinstance(args, TrainingArguments):
+        raise UserError(
+            f"SFTTrainer: args is a {type(args).__name__}, and has to be an SFTConfig or TrainingArguments."
+        )
+
+
+def _check_adapter(asked: Any, *, trains: bool, ours: bool) -> None:
+    """`asked` is `peft_config`; `trains`, whether anything of the model does already; `ours`, who made the model."""
+    if not trains and asked is None:
+        raise UserError(
+            "SFTTrainer: nothing of this model trains.",
+            hint="Put an adapter on it with get_peft_model first.",
+        )
+    if ours and asked is not None:
+        raise UserError(
+            "SFTTrainer: an adapter that the trainer puts on with peft_config gets no fused layers.",
+            hint="Put it on with FastLanguageModel.get_peft_model, and leave out peft_config.",
         )
 
 

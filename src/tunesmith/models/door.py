@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
@@ -28,8 +27,9 @@ from transformers import PreTrainedModel
 from tunesmith.contracts.errors import UserError
 from tunesmith.models.attention import ATTENTION, attending, register_attention
 from tunesmith.models.door_check import prove
-from tunesmith.models.override import override
+from tunesmith.models.override import override, stock_forward
 from tunesmith.models.packed_call import layout_of, run_packed
+from tunesmith.models.text_only import callers_mask, remember_masks
 from tunesmith.models.unpad import NotPackableError
 
 
@@ -68,12 +68,9 @@ class Door:
             self._undo.pop()()
 
 
-def _stock_forward(owner: Any) -> Callable[..., Any]:
-    """What an instance computes now, as a function of the instance: a deep copy must run it on its own weights."""
-    forward = owner.forward
-    if isinstance(forward, MethodType) and forward.__self__ is owner:
-        return forward.__func__
-    return lambda _, *args, **kwargs: forward(*args, **kwargs)
+def base_of(model: Any) -> Any:
+    """The model of transformers, with or without a PEFT adapter on it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _find_backbone(model: Any) -> Any:
@@ -82,7 +79,7 @@ def _find_backbone(model: Any) -> Any:
     Raises:
         UserError: it has none.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if getattr(base.config, "is_encoder_decoder", False):
         raise UserError("its decoder looks at an encoder")
     backbone = base.get_decoder() if hasattr(base, "get_decoder") else base
@@ -112,6 +109,7 @@ def _stand_before(backbone: Any, stock: Callable[..., Any], door: Door, lock: _L
             with _alone(lock), attending(self.config, registered):
                 return stock(self, *args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
+        given["attention_mask"] = callers_mask(given.get("attention_mask"))
         try:
             layout = layout_of(self, given)
         except NotPackableError as error:
@@ -133,7 +131,7 @@ def _attend_packed(module: Any, door: Door, lock: _Lock) -> None:
     The door switches it as well, for the masks that the backbone builds. But a layer that is recomputed runs again
     in backward, behind the door.
     """
-    stock, registered = _stock_forward(module), ATTENTION[door.attention][0]
+    stock, registered = stock_forward(module), ATTENTION[door.attention][0]
 
     def attend(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("document_lengths") is None:
@@ -157,7 +155,7 @@ def open_door(model: Any, *, attention: str) -> Door:
     door = Door(attention)
     try:
         backbone = _find_backbone(model)
-        stock = _stock_forward(backbone)
+        stock = stock_forward(backbone)
         proof = prove(backbone, stock)
     except torch.OutOfMemoryError:
         raise
@@ -174,4 +172,5 @@ def open_door(model: Any, *, attention: str) -> Door:
     for module in proof.modules:
         _attend_packed(module, door, lock)
     _stand_before(backbone, stock, door, lock)
+    remember_masks(base_of(model), backbone, door._undo)
     return door

@@ -24,7 +24,7 @@ from tunesmith.models.host_embedding import HostEmbedding, move_embedding_to_hos
 from tunesmith.models.last_norm import last_norm_forward
 from tunesmith.models.layer_call import Groups, LayerCall, LayerShape, Norm, Norms
 from tunesmith.models.offload import Offloader
-from tunesmith.models.override import override
+from tunesmith.models.override import is_patched, override, stock_forward
 from tunesmith.models.policy import POLICIES, Policy
 from tunesmith.models.projections import (
     Group,
@@ -33,7 +33,15 @@ from tunesmith.models.projections import (
     read_projection,
     weight_shape,
 )
-from tunesmith.models.read_layer import check_layer, linear_paths, norm_paths, shape_of
+from tunesmith.models.read_layer import (
+    Part,
+    check_layer,
+    check_parts,
+    linear_paths,
+    norm_paths,
+    parts_of,
+    shape_of,
+)
 from tunesmith.models.tiles import TILE_TOKENS
 from tunesmith.models.unpacked import Unpacked
 from tunesmith.planning.architectures import Architecture, find_architecture
@@ -54,6 +62,8 @@ class Installed:
         layers: the fused layers themselves; shapes: the constants of each.
         row: the family of the model, or None where it has no fused layer.
         embedding: the input embedding where it is on the host (`set_embedding_on_host`), else None.
+        checkpointing: whether gradient checkpointing was asked for; layers that train then drop a cache, as
+            transformers' own do.
     """
 
     model: Any
@@ -67,6 +77,7 @@ class Installed:
     row: Architecture | None = None
     tile_tokens: int | None = TILE_TOKENS
     embedding: HostEmbedding | None = None
+    checkpointing: bool = False
     _unpacked: dict[int, Unpacked] = field(default_factory=dict, repr=False)
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
@@ -172,11 +183,17 @@ class _FusedForward:
     """The `forward` of one layer instance."""
 
     def __init__(
-        self, layer: Any, row: Architecture, shape: LayerShape, installed: Installed, number: int
+        self,
+        layer: Any,
+        row: Architecture,
+        shape: LayerShape,
+        parts: tuple[Part, ...],
+        installed: Installed,
+        number: int,
     ) -> None:
-        # the function and not the bound method: a deep copy of the model must fall back to its own weights
-        self._stock = getattr(layer.forward, "__func__", layer.forward)
+        self._stock = stock_forward(layer)
         self._shape = shape
+        self._parts = parts
         self._installed = installed
         self._number = number
         # modules are looked up at every call: PEFT replaces a linear layer by a wrapper when an adapter is added
@@ -203,8 +220,12 @@ class _FusedForward:
             return "positional arguments"
         if kwargs.get("attention_mask") is not None:
             return "a ready-made attention mask"
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        if cache is not None and not (torch.is_grad_enabled() and cache.get_seq_length() == 0):
+        if kwargs.get("is_causal") is False or getattr(layer.self_attn, "is_causal", True) is False:
+            return "attention in both directions"
+        cache = kwargs.get("cache")
+        if cache is None:  # as older versions call it
+            cache = kwargs.get("past_key_values")
+        if cache is not None and not self._drops(layer, cache):
             return "a KV cache"
         if kwargs.get("cu_seq_lens_q") is not None and kwargs.get("document_lengths") is None:
             return "document boundaries without document_lengths"
@@ -216,6 +237,11 @@ class _FusedForward:
             return "a row that flash attention may split at its position ids"
         return None
 
+    def _drops(self, layer: Any, cache: Any) -> bool:
+        """Whether the stock layer would leave an empty cache empty, as it does under gradient checkpointing."""
+        dropping = self._installed.checkpointing and layer.training and torch.is_grad_enabled()
+        return dropping and cache.get_seq_length() == 0
+
     def _fused(self, layer: Any, hidden_BTD: Tensor, kwargs: dict[str, Any]) -> Tensor:
         installed = self._installed
         groups = Groups(
@@ -223,6 +249,7 @@ class _FusedForward:
         )
         if any(p.base.weight.numel() == 0 for group in groups for p in group.projections):
             raise NotFusableError("its weights are not gathered: for ZeRO-3 it has to be a leaf module")
+        check_parts(layer, self._parts)
         norms = Norms(*(get if get is None else Norm.read(get(layer)) for get in self._norms))
         batch, tokens, width = hidden_BTD.shape
         tables = kwargs["position_embeddings"]
@@ -310,12 +337,15 @@ def install(model: Any, *, policy: str = "keep") -> Installed:
             continue
         try:
             check_layer(layer, row)
+            parts = parts_of(config, row, layer)
+            check_parts(layer, parts)
             shape = shape_of(config, row, layer)
         except (NotFusableError, AttributeError) as error:
             # another version of transformers may have renamed what a row names: never computed without it
             installed.stock.append((f"layers.{number}", str(error)))
             continue
-        _replace_forward(layer, row, shape, installed, number)
+        forward = _FusedForward(layer, row, shape, parts, installed, number)
+        _replace_forward(layer, row, forward, installed)
         installed.layers.append(layer)
         installed.shapes.append(shape)
         installed.fused.append(f"layers.{number}")
@@ -328,17 +358,16 @@ def install(model: Any, *, policy: str = "keep") -> Installed:
 
 def _replace_last_norm(backbone: Any, installed: Installed) -> None:
     norm = getattr(backbone, "norm", None)
-    if norm is not None and type(norm).__module__.startswith(("transformers.", "torch.nn.")):
+    if norm is None or is_patched(norm):
+        return
+    if type(norm).__module__.startswith(("transformers.", "torch.nn.")):
         forward = last_norm_forward(type(norm).forward, installed.shapes[-1])
         override(norm, "forward", forward, installed._undo)
 
 
-def _replace_forward(
-    layer: Any, row: Architecture, shape: LayerShape, installed: Installed, number: int
-) -> None:
+def _replace_forward(layer: Any, row: Architecture, forward: _FusedForward, installed: Installed) -> None:
     for names in (row.qkv, row.gate_up):
         join_weights([read_projection(attrgetter(name)(layer)).base for name in names])
-    forward = _FusedForward(layer, row, shape, installed, number)
     override(layer, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs), installed._undo)
 
 
@@ -349,6 +378,7 @@ def _take_over_checkpointing(base: Any, installed: Installed) -> None:
     stock_disable = type(base).gradient_checkpointing_disable
 
     def enable(self: Any, *args: Any, **kwargs: Any) -> None:
+        installed.checkpointing = True
         installed.set_policy("recompute")
         if installed.stock:
             stock_enable(self, *args, **kwargs)
@@ -356,6 +386,7 @@ def _take_over_checkpointing(base: Any, installed: Installed) -> None:
                 layer.gradient_checkpointing = False
 
     def disable(self: Any, *args: Any, **kwargs: Any) -> None:
+        installed.checkpointing = False
         installed.set_policy("keep")
         if installed.stock:
             stock_disable(self, *args, **kwargs)

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-Check = tuple[Callable[[Any], bool], str]
-"""A condition on the config under which the fused layer is refused, and the reason."""
+Check = tuple[Callable[[Any], bool | str], str]
+"""A condition on the config under which the fused layer is refused, and the reason. A condition may also say which
+key it found, and its value."""
 
 
 class NormPaths(NamedTuple):
@@ -54,6 +55,7 @@ class Architecture:
         down: path of the down projection.
         gated: whether the MLP multiplies by a gate.
         activation: name of its activation in the config.
+        act: path of its activation.
         norms: where the norms stand.
         norm: their kind, `rms` or `layer`.
         norm_offset: added to the norms' weights.
@@ -78,6 +80,7 @@ class Architecture:
     down: str = "mlp.down_proj"
     gated: bool = True
     activation: str = "hidden_act"
+    act: str = "mlp.act_fn"
     norms: NormPaths = _BEFORE
     norm: str = "rms"
     norm_offset: float = 0.0
@@ -103,11 +106,28 @@ ACTIVATIONS = {
 }
 """Names of activations in configs, and what the kernels call them."""
 
+
+def _drops(key: str) -> Callable[[Any], str]:
+    """The condition that a rate of dropout is not 0; says the rate."""
+
+    def found(config: Any) -> str:
+        rate = getattr(config, key, 0.0)
+        return f"its {key} is {rate}" if rate else ""
+
+    return found
+
+
+def _both_ways(config: Any) -> bool:
+    return bool(getattr(config, "use_bidirectional_attention", False)) or (
+        getattr(config, "is_causal", True) is False
+    )
+
+
 _WINDOWS = {"full_attention", "sliding_attention"}
 
 REFUSED_EVERYWHERE: tuple[Check, ...] = (
-    (lambda c: bool(getattr(c, "attention_dropout", 0.0)), "it drops attention weights"),
-    (lambda c: bool(getattr(c, "use_bidirectional_attention", False)), "it attends in both directions"),
+    (_drops("attention_dropout"), "it drops attention weights"),
+    (_both_ways, "it attends in both directions"),
     (
         lambda c: bool(set(getattr(c, "layer_types", None) or ()) - _WINDOWS),
         "it has layers whose attention is neither full nor in a sliding window",
@@ -145,8 +165,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
             qkv=("self_attn.qkv_proj",),
             gate_up=("mlp.gate_up_proj",),
+            act="mlp.activation_fn",
             window="self_attn.config.sliding_window",
-            refused=((lambda c: bool(c.resid_pdrop), "it drops what a block adds"),),
+            refused=((_drops("resid_pdrop"), "it drops what a block adds"),),
         ),
         Architecture("gemma", "Gemma 1", norm_offset=1.0),
         Architecture("ministral", "Ministral", window="self_attn.sliding_window"),
@@ -193,6 +214,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "glm4",
             "GLM-4-0414",
             gate_up=("mlp.gate_up_proj",),
+            act="mlp.activation_fn",
             norms=NormPaths(
                 "input_layernorm",
                 "post_self_attn_layernorm",
@@ -201,17 +223,24 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
             interleaved=True,
         ),
-        Architecture("glm", "GLM-4-9B", gate_up=("mlp.gate_up_proj",), interleaved=True),
+        Architecture(
+            "glm",
+            "GLM-4-9B",
+            gate_up=("mlp.gate_up_proj",),
+            act="mlp.activation_fn",
+            interleaved=True,
+        ),
         Architecture(
             "starcoder2",
             "StarCoder2",
             gate_up=("mlp.c_fc",),
             down="mlp.c_proj",
             gated=False,
+            act="mlp.act",
             norm="layer",
             eps="norm_epsilon",
             window="self_attn.config.sliding_window",
-            refused=((lambda c: bool(c.residual_dropout), "it drops what a block adds"),),
+            refused=((_drops("residual_dropout"), "it drops what a block adds"),),
         ),
     )
 }
@@ -223,8 +252,9 @@ def find_architecture(config: Any) -> tuple[Architecture | None, str]:
     if row is None:
         return None, f"{config.model_type} is not among the families with fused layers (docs/families.md)"
     for broken, reason in (*REFUSED_EVERYWHERE, *row.refused):
-        if broken(config):
-            return None, reason
+        found = broken(config)
+        if found:
+            return None, f"{reason}: {found}" if isinstance(found, str) else reason
     activation = getattr(config, row.activation)
     if activation not in ACTIVATIONS:
         return None, f"its activation {activation} is not among {', '.join(ACTIVATIONS)}"
