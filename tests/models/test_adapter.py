@@ -71,7 +71,6 @@ def test_named_targets_and_nothing_else() -> None:
     [
         ("qproj", "Did you mean 'q_proj'?"),
         ("zzz", "There are: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj."),
-        ("embed_tokens", None),
         ("proj", None),
     ],
 )
@@ -80,6 +79,14 @@ def test_a_target_that_names_no_linear_layer(target: str, hint: str | None) -> N
         lora(tiny_llama(), targets=["q_proj", target])
     assert f"is called {target!r}" in caught.value.message
     assert hint is None or caught.value.hint == hint
+
+
+def test_embeddings_are_no_target() -> None:
+    with pytest.raises(
+        UserError, match="cannot be put on embed_tokens, which trains whole or not at all"
+    ) as caught:
+        lora(tiny_llama(), targets=["q_proj", "lm_head", "embed_tokens"])
+    assert caught.value.hint == "Name embed_tokens and lm_head in modules_to_save in place of here."
 
 
 @pytest.mark.parametrize("tied", [True, False])
