@@ -15,7 +15,7 @@ from tunesmith.api.wording import in_arguments
 from tunesmith.contracts.errors import UserError
 from tunesmith.models.adapter import add_lora
 from tunesmith.models.adapter_targets import ALL, ends_in, left_out_rows, taken_for_experts
-from tunesmith.models.door import base_of
+from tunesmith.models.base_of import base_of
 from tunesmith.models.vocabulary import trainable_rows
 
 

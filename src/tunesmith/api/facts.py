@@ -8,7 +8,7 @@ from typing import Any
 
 from tunesmith.contracts.errors import UserError
 from tunesmith.models.attach import Attached
-from tunesmith.models.door import base_of
+from tunesmith.models.base_of import base_of
 
 _FACTS = "_tunesmith_facts"
 

@@ -20,8 +20,8 @@ import torch
 
 from tunesmith.contracts.errors import UserError
 from tunesmith.models.attach import Attached, attach
+from tunesmith.models.base_of import base_of
 from tunesmith.models.device_memory import room_of
-from tunesmith.models.door import base_of
 from tunesmith.models.head import CausalModel
 from tunesmith.models.policy import OF_TOKENS, POLICIES
 from tunesmith.models.probe import fixed_bytes, policy_costs

@@ -16,7 +16,7 @@ from tunesmith.api.silence import without_bars
 from tunesmith.config.check_card import check_card
 from tunesmith.contracts.errors import UserError
 from tunesmith.export.merged import save_merged
-from tunesmith.models.door import base_of
+from tunesmith.models.base_of import base_of
 
 SAVE_METHODS = ("merged_16bit", "lora")
 _CONVERT = "Use save_pretrained_merged, and llama.cpp's convert_hf_to_gguf.py on its folder."

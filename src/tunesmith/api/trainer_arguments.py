@@ -18,7 +18,7 @@ from tunesmith.api.arguments import Foreign
 from tunesmith.api.facts import Facts
 from tunesmith.api.kept_out import kept_out
 from tunesmith.contracts.errors import UserError
-from tunesmith.models.door import base_of
+from tunesmith.models.base_of import base_of
 
 MOVED: dict[str, str] = {
     "dataset_kwargs": "dataset_kwargs",

@@ -21,6 +21,7 @@ from torch import Tensor
 from tunesmith.contracts.errors import UserError
 from tunesmith.export.merged_files import SHARD_SIZE, ShardWriter, bytes_of, on_host, share, writing
 from tunesmith.export.merged_weights import Read, from_memory, merged_tensors
+from tunesmith.models.base_of import base_of
 
 _LAYER = re.compile(r".*?\.\d+\.")
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
@@ -81,7 +82,7 @@ def write_merged(
         UserError: an adapter has no exact merged form, or a weight does not fit into the type.
         StorageError: the folder cannot be written.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     config = copy.deepcopy(base.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

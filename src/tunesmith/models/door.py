@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.contracts.errors import UserError
 from tunesmith.models.attention import ATTENTION, attending, register_attention
+from tunesmith.models.base_of import base_of
 from tunesmith.models.door_check import prove
 from tunesmith.models.override import override, stock_forward
 from tunesmith.models.packed_call import layout_of, run_packed
@@ -66,11 +67,6 @@ class Door:
         """Take the door away; the backbone is called as it was before."""
         while self._undo:
             self._undo.pop()()
-
-
-def base_of(model: Any) -> Any:
-    """The model of transformers, with or without a PEFT adapter on it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _find_backbone(model: Any) -> Any:

@@ -20,6 +20,7 @@ from tunesmith.contracts.batch import TokenBatch
 from tunesmith.contracts.errors import UserError
 from tunesmith.kernels.linear_logprob import linear_cross_entropy, linear_logprob
 from tunesmith.models.attention import document_kwargs
+from tunesmith.models.base_of import base_of
 
 FEW = 0.75
 """Share of a row's positions up to which taking them out of it in the last layer saves time."""
@@ -76,7 +77,7 @@ class CausalModel:
     def __init__(self, model: Any, compute_dtype: torch.dtype) -> None:
         self.model = model
         self.compute_dtype = compute_dtype
-        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base = base_of(model)
         if self.base.get_output_embeddings() is None:
             raise UserError(f"{type(self.base).__name__} has no language-model head to train against.")
         name = type(self.base).__name__

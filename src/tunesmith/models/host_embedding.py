@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tunesmith.kernels import launch
 from tunesmith.kernels.gather_rows import gather_rows_op
+from tunesmith.models.base_of import base_of
 from tunesmith.models.host_memory import pinned_copy
 from tunesmith.models.override import override
 
@@ -82,7 +83,7 @@ def move_embedding_to_host(model: Any) -> HostEmbedding:
     reason = reason_to_stay(model)
     if reason is not None:
         raise NotMovableError(reason)
-    module: nn.Embedding = _base_of(model).get_input_embeddings()
+    module: nn.Embedding = base_of(model).get_input_embeddings()
     parameter: Any = module.weight
     device = parameter.device
     table_VD = pinned_copy(parameter.detach())
@@ -104,7 +105,7 @@ def reason_to_stay(model: Any) -> str | None:
 
     Hooks on it stay and run: they see ids and rows as before.
     """
-    base = _base_of(model)
+    base = base_of(model)
     module: Any = base.get_input_embeddings()
     return _reason_of_module(module) or _reason_of_weight(module.weight) or _reason_of_ties(base, module)
 
@@ -148,7 +149,3 @@ def _reason_of_ties(base: nn.Module, module: nn.Embedding) -> str | None:
             if owner is not module and parameter.untyped_storage().data_ptr() == storage:
                 return f"the input embedding shares its memory with {path}.{name}, as tied weights do"
     return None
-
-
-def _base_of(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

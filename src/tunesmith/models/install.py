@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.kernels.attention import Documents
+from tunesmith.models.base_of import base_of
 from tunesmith.models.decoder import dropout_seeds, run_layer
 from tunesmith.models.host_embedding import HostEmbedding, move_embedding_to_host
 from tunesmith.models.last_norm import last_norm_forward
@@ -307,7 +308,7 @@ def _splits_rows(layer: Any) -> bool:
 
 
 def _decoder_layers(model: Any) -> Sequence[nn.Module]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     backbone = base.get_decoder() if hasattr(base, "get_decoder") else base
     layers: Sequence[nn.Module] = getattr(backbone, "layers", ())
     return layers
@@ -323,7 +324,7 @@ def install(model: Any, *, policy: str = "keep") -> Installed:
     Returns:
         What was replaced, what was not and why; `undo()` restores the model.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     device = next(model.parameters()).device
     layers = _decoder_layers(model)
     policies = (POLICIES[policy],) * len(layers)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from tunesmith.kernels.canary import ModelShape, Traits
+from tunesmith.models.base_of import base_of
 from tunesmith.models.install import Installed
 
 
@@ -17,7 +18,7 @@ def kernel_shape(installed: Installed, *, rank: int, nf4: bool) -> ModelShape:
         rank: the largest rank of an adapter, 0 without.
         nf4: whether weights are dequantised.
     """
-    base = installed.model.get_base_model() if hasattr(installed.model, "get_base_model") else installed.model
+    base = base_of(installed.model)
     config, row, shapes = base.config.get_text_config(), installed.row, installed.shapes
     assert row is not None
     shape = shapes[0]

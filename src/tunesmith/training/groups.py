@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from tunesmith.contracts.errors import UserError
+from tunesmith.models.base_of import base_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def _group(
 
 def _embedding_parameters(model: Any) -> set[int]:
     """Identities of the parameters of embeddings and head, adapters excepted."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     modules = [getattr(base, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
     return {
         id(parameter)
